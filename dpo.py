@@ -1,0 +1,214 @@
+"""Direct preference optimisation: the model learns from pairs of replies which one people prefer.
+
+Rafailov et al. 2023 (https://arxiv.org/abs/2305.18290) show that the policy which maximises a learnt reward, held near
+a reference by beta * KL, has the reward  r(x, y) = beta log pi(y|x) / pi_ref(y|x)  up to a term of x alone. So reward
+model and reinforcement learning fall away: raise r(chosen) over r(rejected), as in the classification of pairs.
+
+    uv run dpo.py                                   on runs/sft and the bundled sample's ranked replies
+    uv run dpo.py --preset gpt2-medium              on runs/sft and UltraFeedback, HH-RLHF and OASST's ranks
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal, NamedTuple
+
+import data
+from train import Run, Settings, begin, finish, lazy, run_script, step_batches, to_device, train, validation_batches
+
+torch = lazy("torch")
+lora = lazy("lora")
+
+
+@dataclass(kw_only=True)
+class Config(Settings):
+    preset: Literal["sample", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "sample"  # defaults for a model's size
+    model: str = "runs/sft"  # the model to start from, which is also the reference: a folder, as sft.py leaves it
+    data: tuple[str, ...] = ("sample",)  # preferences: NAME, NAME:PATH or PATH, each with an optional @WEIGHT
+    out: str = "runs/dpo"  # run folder; the same command again goes on where it stopped
+    steps: int = 150  # optimiser steps
+    batch_size: int = 32  # pairs a step, over all processes
+    lr: float = 1e-4  # highest learning rate
+    lora_rank: int = 8  # rank of the LoRA adapters; 0 trains all weights
+    checks: str = "sample/checks.jsonl"
+
+    loss: Literal["sigmoid", "ipo", "cdpo", "robust", "length-normalised", "simpo"] = "sigmoid"  # DPO or a relative
+    beta: float = 0.1  # how strongly the policy is held to the reference
+    label_smoothing: float = 0.1  # share of preferences assumed to be wrong (cdpo and robust only)
+    simpo_margin: float = 0.5  # by how much a chosen reply should win (simpo only)
+    nll: float = 0.0  # weight of an added cross-entropy on the chosen reply, which keeps it from becoming unlikely
+
+    row_name: ClassVar[str] = "pairs"
+
+
+# The rate is a tenth of SFT's and less: DPO nudges, and a large step destroys what SFT taught.
+REAL = {"data": ("ultrafeedback", "oasst1", "hh-rlhf@0.1"), "steps": 1000, "batch_size": 32, "checks": "",
+        "prompts": ("What does a Data Scientist do? | What about a machine learning engineer?",
+                    "Explain photosynthesis to a child.", "Write a short poem about the sea."),
+        "reply_tokens": 160, "lr": 5e-6, "lora_rank": 0, "eval_every": 100, "save_every": 100, "log_every": 5}
+PRESETS = {
+    "sample": {},
+    # a laptop: OASST's ranks alone, 200 steps of 16
+    "gpt2": REAL | {"data": ("oasst1",), "steps": 200, "batch_size": 16, "lr": 5e-5, "lora_rank": 16, "context": 512,
+                    "eval_every": 50, "save_every": 50, "log_every": 1},
+    "gpt2-medium": REAL | {"micro_batch_tokens": 16384},  # one 24 GB GPU
+    # one 24 GB GPU: 774M and AdamW leave little room, adapters leave enough
+    "gpt2-large": REAL | {"lr": 2e-5, "lora_rank": 32, "micro_batch_tokens": 8192},
+    "gpt2-xl": REAL | {"lr": 2e-6, "micro_batch_tokens": 16384},  # one 80 GB GPU
+}
+
+
+# ---- the losses ----------------------------------------------------------------------------------
+
+
+class Replies(NamedTuple):
+    """One side of the pairs; each (pairs,)."""
+
+    policy: torch.Tensor     # log pi(y|x): summed over the reply's tokens
+    reference: torch.Tensor  # log pi_ref(y|x)
+    length: torch.Tensor     # tokens of the reply
+
+    @property
+    def logratio(self) -> torch.Tensor:
+        return self.policy - self.reference
+
+
+def logsigmoid(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.logsigmoid(x)
+
+
+def sigmoid(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
+    """- log sigmoid(beta (logratio_w - logratio_l)): DPO, equation 7."""
+    return -logsigmoid(cfg.beta * (chosen.logratio - rejected.logratio))
+
+
+def cdpo(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
+    """DPO when a share e of the preferences is flipped: (1 - e) loss(w, l) + e loss(l, w).
+
+    Mitchell 2023, https://ericmitchell.ai/cdpo.pdf, equation 3.
+    """
+    e = cfg.label_smoothing
+    return (1 - e) * sigmoid(chosen, rejected, cfg) + e * sigmoid(rejected, chosen, cfg)
+
+
+def robust(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
+    """((1 - e) loss(w, l) - e loss(l, w)) / (1 - 2e): DPO's loss, estimated without bias when a share e is flipped.
+
+    Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409, equation 8.
+    """
+    e = cfg.label_smoothing
+    return ((1 - e) * sigmoid(chosen, rejected, cfg) - e * sigmoid(rejected, chosen, cfg)) / (1 - 2 * e)
+
+
+def ipo(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
+    """(logratio_w - logratio_l - 1 / (2 beta))^2 with log-ratios averaged over tokens: a margin to meet, not to grow.
+
+    Azar et al. 2023, https://arxiv.org/abs/2310.12036, equation 17; averaging as its authors advised since.
+    """
+    margin = chosen.logratio / chosen.length - rejected.logratio / rejected.length
+    return (margin - 1 / (2 * cfg.beta)) ** 2
+
+
+def length_normalised(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
+    """DPO on log-ratios averaged over tokens, so that a longer reply is not rewarded for its length.
+
+    Lambert et al. 2024 (Tulu 3), https://arxiv.org/abs/2411.15124, equation 6.
+    """
+    return -logsigmoid(cfg.beta * (chosen.logratio / chosen.length - rejected.logratio / rejected.length))
+
+
+def simpo(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
+    """- log sigmoid(beta (log pi_w / |w| - log pi_l / |l|) - margin): no reference in it.
+
+    Meng et al. 2024, https://arxiv.org/abs/2405.14734, equation 6.
+    """
+    margin = chosen.policy / chosen.length - rejected.policy / rejected.length
+    return -logsigmoid(cfg.beta * margin - cfg.simpo_margin)
+
+
+LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "cdpo": cdpo, "robust": robust, "length-normalised": length_normalised,
+          "simpo": simpo}
+
+
+def dpo_loss(gpt, batch, reference: dict[int, torch.Tensor], cfg: Config) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """The chosen loss over a batch of pairs, and the implicit rewards; `reference[row]` has the row's log pi_ref."""
+    logprobs = gpt.target_logprobs(batch)                                      # (M,) over both replies of each pair
+    frozen = torch.cat([logprobs.new_empty(0), *(reference[int(row)].to(logprobs.device) for row in batch.rows)])
+
+    def side(which: int) -> Replies:
+        """Replies 2i are chosen, 2i + 1 rejected: sum their tokens."""
+        sums = torch.zeros(3, batch.replies, device=logprobs.device)
+        sums = sums.index_add(1, batch.reply, torch.stack([logprobs, frozen, torch.ones_like(frozen)]))
+        return Replies(*sums[:, which::2])
+
+    chosen, rejected = side(0), side(1)
+    loss = LOSSES[cfg.loss](chosen, rejected, cfg)                             # (pairs,)
+    if cfg.nll:  # Pang et al. 2024, https://arxiv.org/abs/2404.19733, equation 1
+        loss = loss - cfg.nll * chosen.policy / chosen.length
+    return loss.sum(), torch.tensor(len(loss)), metrics(logprobs.detach(), frozen, batch, chosen, rejected, cfg)
+
+
+def metrics(logprobs, frozen, batch, chosen: Replies, rejected: Replies, cfg: Config) -> dict[str, torch.Tensor]:
+    """Sums over the pairs: rewards beta (log pi - log pi_ref), and how far the policy has moved, in nats per token.
+
+    kl is Schulman's k3 estimator (http://joschu.net/blog/kl-approx.html), exp(r) - 1 - r with r = log pi_ref - log pi,
+    taken on the replies of the data instead of the policy's own, and averaged over the tokens of each pair.
+    """
+    up, down = cfg.beta * chosen.logratio.detach(), cfg.beta * rejected.logratio.detach()
+    r = frozen - logprobs
+    k3 = torch.zeros(batch.replies, device=r.device).index_add(0, batch.reply, r.exp() - 1 - r)
+    kl = (k3[0::2] + k3[1::2]) / (chosen.length + rejected.length)
+    return {"reward_accuracy": (up > down).sum(), "reward_margin": (up - down).sum(), "chosen_reward": up.sum(),
+            "rejected_reward": down.sum(), "kl": kl.sum()}
+
+
+# ---- the reference -------------------------------------------------------------------------------
+
+
+def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config,
+                       run: Run) -> dict[int, torch.Tensor]:
+    """log pi_ref of every target of the pairs this process will see, computed once and before the loop.
+
+    The reference is the model before training: adapters off, dropout off, no second model in memory. A run that is
+    resumed comes here with the SFT model's weights, before the checkpoint is loaded, and finds its own file again.
+    """
+    from safetensors.torch import load_file, save_file
+
+    rows, seen = pairs.train + pairs.val, set()
+    for batches in (validation, *(training(step, cfg.micro_batch_tokens) for step in range(cfg.steps))):
+        seen |= {int(row) for batch in batches for row in batch.rows}
+    key = repr((run.about["model"]["sha256"], pairs.fingerprint, sorted(seen), run.dtype))
+    path = run.folder / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    if not path.is_file():
+        run.say(f"reference log-probabilities of {len(seen):,} pairs ...")
+        table = {}
+        gpt.eval()
+        with torch.no_grad(), lora.adapters_disabled(gpt), run.autocast():
+            for batch in data.micro_batches(rows, sorted(seen), cfg.micro_batch_tokens):
+                logprobs = gpt.target_logprobs(to_device(batch, run.device)).float().cpu()
+                sizes = [len(rows[row].chosen) + len(rows[row].rejected) for row in batch.rows]
+                table |= {str(row): part.clone() for row, part in zip(batch.rows, logprobs.split(sizes), strict=True)}
+        save_file(table, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+    return {int(row): logprobs for row, logprobs in load_file(path).items()}
+
+
+def main(cfg: Config) -> dict:
+    with Run("dpo", cfg) as run:
+        gpt = run.load(cfg.model)
+        pairs = data.load_pairs(cfg.data, context=cfg.context, val_fraction=cfg.val_fraction, seed=cfg.seed,
+                                bad_rows=cfg.bad_rows)
+        if not begin(gpt, pairs, cfg, run):
+            return run.about["metrics"]
+        run.say("The chosen reward may fall below zero: DPO only asks that the rejected one falls further.\n"
+                "Worry when the margin stops growing, or when the replies shown degrade.")
+        training, validation = step_batches(pairs, cfg, run), validation_batches(pairs, cfg, run)
+        reference = reference_logprobs(gpt, pairs, training, validation, cfg, run)
+        metrics = train(gpt, partial(dpo_loss, reference=reference, cfg=cfg), training, validation, cfg, run)
+        return finish(gpt, metrics, cfg, run, next_command=f"uv run chat.py --compare {cfg.model} {cfg.out}")
+
+
+if __name__ == "__main__":
+    run_script(main, Config, PRESETS)

@@ -1,0 +1,176 @@
+"""LoRA: a frozen layer learns through two small matrices beside it (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+
+    h = W x + b + s B A dropout(x),    A (r, in) random, B (out, r) zero, s = alpha / r        (equation 3)
+
+A fresh adapter changes nothing, since B is zero, and a trained one can be folded into W and cost nothing. The layer
+is wrapped, not subclassed: a model never learns that adapters exist. Files are PEFT's, in and out.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+TARGETS = ("c_attn", "c_proj", "c_fc")  # all four projections of a GPT-2 block: c_proj stands in both of its halves
+
+
+class LoRALinear(nn.Module):
+    """An nn.Linear that is frozen, with a low-rank update beside it that learns."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"a LoRA's rank is at least 1, got {rank}")
+        self.base = base.requires_grad_(False)
+        self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features, dtype=torch.float32))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        # alpha / sqrt(r) keeps the update's size as r grows: Kalajdzievski 2023 (rsLoRA), https://arxiv.org/abs/2312.03732
+        self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.dropout = dropout
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)                                                       # (..., out)
+        if not self.enabled:
+            return y
+        update = F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_A), self.lora_B)
+        return y.add(update, alpha=self.scale)
+
+    def merged(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """W + s B A, (out, in), summed up in fp32."""
+        return weight.float() + self.scale * lora_B @ lora_A
+
+
+def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    """The wrapped layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def add_adapters(model: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, rslora: bool = False,
+                 targets: tuple[str, ...] = TARGETS) -> None:
+    """Freeze the model and wrap every nn.Linear whose name ends in one of `targets` ("c_attn", or "h.0.attn.c_attn").
+
+    Raises ValueError for a target that matches no nn.Linear, and for a model that has adapters already.
+    """
+    if adapters(model):
+        raise ValueError("this model has LoRA adapters already: merge() them before adding others")
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    chosen = {target: [n for n in linear if n == target or n.endswith("." + target)] for target in targets}
+    for target, names in chosen.items():
+        if not names:
+            have = sorted({name.split(".")[-1] for name in linear})
+            raise ValueError(f"LoRA target '{target}' matches no nn.Linear of this model: it has {', '.join(have)}")
+    model.requires_grad_(False)
+    for name in dict.fromkeys(name for names in chosen.values() for name in names):
+        _put(model, name, LoRALinear(linear[name], rank, alpha, dropout, rslora))
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the one from before the adapters: DPO's reference policy, without a second model."""
+    wrapped = adapters(model).values()
+    before = [layer.enabled for layer in wrapped]
+    try:
+        for layer in wrapped:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(wrapped, before, strict=True):
+            layer.enabled = enabled
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Fold every adapter into its layer, which stands alone again."""
+    for name, layer in adapters(model).items():
+        layer.base.weight.copy_(layer.merged(layer.base.weight, layer.lora_A, layer.lora_B))
+        _put(model, name, layer.base)
+
+
+def merged_weights(model: nn.Module, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The state dict that the model would have after merge(), while its adapters stay as they are.
+
+    `weights` stands in for the model's own state dict, where that is spread over several processes.
+    """
+    weights = dict(weights or model.state_dict())
+    for name, layer in adapters(model).items():
+        lora_A, lora_B = weights.pop(f"{name}.lora_A"), weights.pop(f"{name}.lora_B")
+        weights[f"{name}.weight"] = layer.merged(weights.pop(f"{name}.base.weight"), lora_A, lora_B).detach()
+        if layer.base.bias is not None:
+            weights[f"{name}.bias"] = weights.pop(f"{name}.base.bias")
+    return weights
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+# ---- PEFT's files --------------------------------------------------------------------------------
+#
+# PEFT wraps transformers' Conv1D, whose weight is transposed ("fan_in_fan_out"), but its own A and B are the same way
+# round as here, so only the names differ.
+
+PEFT_PREFIX = "base_model.model.transformer."
+
+
+def save_adapters(model: nn.Module, folder: str | Path, base_model: str,
+                  weights: dict[str, Tensor] | None = None) -> None:
+    """Write adapter_config.json and adapter_model.safetensors as PeftModel.from_pretrained reads them.
+
+    `base_model` is the folder or Hub name that they belong to; `weights` stands in for this model's own state dict.
+    """
+    wrapped, weights = adapters(model), weights or model.state_dict()
+    if not wrapped:
+        raise ValueError("this model has no LoRA adapters to save")
+    one = next(iter(wrapped.values()))
+    rank = one.lora_A.shape[0]
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model), "r": rank,
+             "lora_alpha": one.scale * rank, "lora_dropout": one.dropout, "use_rslora": False, "bias": "none",
+             "fan_in_fan_out": True, "inference_mode": True, "target_modules": sorted(wrapped)}
+    tensors = {f"{PEFT_PREFIX}{name}.{part}.weight": weights[f"{name}.{part}"].detach().float().cpu().contiguous()
+               for name in wrapped for part in ("lora_A", "lora_B")}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+@torch.no_grad()
+def load_adapters(model: nn.Module, folder: str | Path) -> None:
+    """Wrap the model's layers as a PEFT folder says, and fill in its adapters."""
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except FileNotFoundError as error:
+        missing = Path(error.filename or "adapter_model.safetensors").name
+        raise FileNotFoundError(f"'{folder}' is not a PEFT adapter: it has no {missing}") from None
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"'{folder}' is not a readable PEFT adapter: {error}") from None
+    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},
+             "modules_to_save": None, "layers_to_transform": None}
+    for key, wanted in plain.items():
+        if about.get(key) and about[key] != wanted:
+            raise ValueError(f"'{folder}': {key} = {about[key]!r} is not plain LoRA, which is all that is read here")
+    names = {name.removeprefix(PEFT_PREFIX).rsplit(".", 2)[0] for name in tensors}
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if strangers := sorted(names - linear):
+        raise ValueError(f"'{folder}' adapts '{strangers[0]}', which this model does not have")
+    add_adapters(model, about["r"], about["lora_alpha"], about.get("lora_dropout", 0.0),
+                 bool(about.get("use_rslora")), tuple(sorted(names)))
+    for name, layer in adapters(model).items():
+        for part in ("lora_A", "lora_B"):
+            theirs, own = tensors[f"{PEFT_PREFIX}{name}.{part}.weight"], getattr(layer, part)
+            if theirs.shape != own.shape:
+                raise ValueError(f"'{folder}': {name}.{part} has shape {tuple(theirs.shape)}, "
+                                 f"this model needs {tuple(own.shape)}")
+            own.copy_(theirs)

@@ -1,0 +1,484 @@
+"""GPT-2: the four sizes, the network, its weights in Hugging Face's layout, and sampling from it.
+
+Dimension key
+    B  rows in a batch            C  width of the model (n_embd)     V  vocabulary (50,257)
+    T  time, tokens in a row      H  attention heads                 N  tokens of a packed batch, all rows together
+    P  positions (1,024)          D  width of a head, C / H          M  targets: the tokens that are predicted
+
+One network serves training, evaluation and chat. What differs between them is who may attend to whom, so that is
+an argument, `attend`: plain causal attention on a (B, T) batch, `Packed` on rows laid end to end without padding
+(training), and `KVCache` on the tokens seen so far (generation). Everything else in a transformer works on one
+position at a time and never learns which of the three it serves.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+END_OF_TEXT = 50256
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    layer_norm_epsilon: float = 1e-5
+
+
+SIZES = {
+    "gpt2": GPTConfig(),                                           # 124M parameters
+    "gpt2-medium": GPTConfig(n_embd=1024, n_layer=24, n_head=16),  # 355M
+    "gpt2-large": GPTConfig(n_embd=1280, n_layer=36, n_head=20),   # 774M
+    "gpt2-xl": GPTConfig(n_embd=1600, n_layer=48, n_head=25),      # 1,558M
+}
+
+
+# ---- the network ---------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, attend, layer: int, dropout: float) -> Tensor:
+        heads = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))             # (B, T, 3, H, D)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)                                 # each (B, H, T, D)
+        y = attend(layer, q, k, v, dropout)                                    # (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).flatten(2))                       # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # OpenAI's GELU is the tanh approximation
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, attend, layer: int, dropout: float) -> Tensor:
+        x = x + F.dropout(self.attn(self.ln_1(x), attend, layer, dropout), dropout)
+        x = x + F.dropout(self.mlp(self.ln_2(x)), dropout)
+        return x
+
+
+class GPT(nn.Module):
+    """GPT-2 with OpenAI's names for its parts; `gpt(tokens)` maps (B, T) ids to (B, T, V) logits, always."""
+
+    def __init__(self, config: GPTConfig | None = None):
+        super().__init__()
+        self.config = config = config or GPTConfig()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        self.dropout = 0.0  # applied while training, where GPT-2 has it: embeddings, attention, branches
+        self.recompute_activations = False  # gradient checkpointing: a third more time for a fraction of the memory
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head: GPT-2 ties the two
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Attention | MLP):  # 2 * n_layer branches add up on the residual stream: keep its variance
+            nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
+
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, attend=None) -> Tensor:
+        """The last layer's output, normalised and ready for the head: (B, T) ids to (B, T, C)."""
+        if tokens.shape[-1] > self.config.n_positions and positions is None:
+            raise ValueError(f"{tokens.shape[-1]} tokens do not fit the model's {self.config.n_positions} positions")
+        if positions is None:
+            positions = torch.arange(tokens.shape[-1], device=tokens.device)
+        attend = attend or causal_attention
+        dropout = self.dropout if self.training else 0.0
+        x = F.dropout(self.wte(tokens) + self.wpe(positions), dropout)        # (B, T, C)
+        for layer, block in enumerate(self.h):
+            if self.recompute_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, attend, layer, dropout, use_reentrant=False)
+            else:
+                x = block(x, attend, layer, dropout)
+        return self.ln_f(x)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+            raise ValueError(f"token ids must lie in 0..{self.config.vocab_size - 1}, "
+                             f"got {int(tokens.min())}..{int(tokens.max())}")
+        return F.linear(self.hidden(tokens), self.wte.weight)                 # (B, T, V)
+
+    def target_logprobs(self, batch) -> Tensor:
+        """log p(target | all before it) for every target of a packed batch, without its (N, V) logits.
+
+        `batch` has tokens (N,), positions (N,), spans, index (M,) and targets (M,): see `data.Batch`. Returns (M,)
+        in fp32. Only the M positions that predict something pass the head, in chunks.
+        """
+        hidden = self.hidden(batch.tokens[None], batch.positions[None], Packed(batch.spans))[0]   # (N, C)
+        return LogProbs.apply(hidden[batch.index], self.wte.weight, batch.targets)                # (M,)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path) -> "GPT":
+        """The model of a transformers-format folder, or OpenAI's weights by name from the Hugging Face Hub, in fp32."""
+        if str(name_or_folder) in SIZES and not Path(name_or_folder).is_dir():
+            config, weights = _from_hub(str(name_or_folder))
+        else:
+            config, weights = _from_folder(Path(name_or_folder))
+        with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
+            gpt = cls(config)
+        gpt.load_state_dict(_from_transformers(weights, gpt, name_or_folder), assign=True)
+        return gpt.requires_grad_(True)
+
+    def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None,
+                        dtype: torch.dtype = torch.float32) -> None:
+        """Write a folder that transformers' AutoModelForCausalLM opens; `weights` stands in for this model's own."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {f"transformer.{name}": (w.t() if _is_conv1d(name) else w).to("cpu", dtype).contiguous()
+                   for name, w in (weights or self.state_dict()).items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        about = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+                 **asdict(self.config), "n_ctx": self.config.n_positions, "n_inner": None, "tie_word_embeddings": True,
+                 "bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "dtype": str(dtype).removeprefix("torch.")}
+        generation = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT}
+        (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+class LogProbs(torch.autograd.Function):
+    """log softmax(hidden W^T) at the targets, in chunks of rows: (M, C), (V, C), (M,) -> (M,), in fp32.
+
+    The trick: d log p / d hidden = W[target] - softmax W is formed while the chunk's logits are at hand, so neither
+    they nor their gradient outlive the chunk, and a frozen head (LoRA) costs no second pass. A head that learns
+    computes its logits once more in the backward pass. Logits are products in the working precision; the softmax over
+    them is taken in fp32.
+    """
+
+    CHUNK = 512  # 512 * 50,257 fp32 logits are 103 MB: large enough for fast products, small beside the activations
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        device = hidden.device.type
+        working = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        head, logprobs, slopes = weight.to(working), [], []
+        for h, target in LogProbs._chunks(hidden, targets):
+            logp = LogProbs._log_softmax(h.to(working), head)                               # (m, V)
+            logprobs.append(logp.gather(1, target[:, None])[:, 0])
+            if ctx.needs_input_grad[0]:
+                slopes.append(head[target] - logp.exp_().to(working) @ head)                # (m, C)
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(slopes) if slopes else None)
+        ctx.working = working
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def _chunks(*tensors: Tensor):
+        return zip(*(t.split(LogProbs.CHUNK) for t in tensors), strict=True)
+
+    @staticmethod
+    def _log_softmax(hidden: Tensor, head: Tensor) -> Tensor:
+        return (hidden @ head.t()).to(torch.promote_types(head.dtype, torch.float32)).log_softmax(-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden, weight, targets, slopes = ctx.saved_tensors
+        grad_hidden = grad_weight = None
+        if slopes is not None:
+            grad_hidden = (grad[:, None] * slopes).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            head = weight.to(ctx.working)
+            grad_weight = torch.zeros_like(weight)
+            for h, target, g in LogProbs._chunks(hidden.to(ctx.working), targets, grad):
+                scaled = h * g[:, None].to(h.dtype)                                         # (m, C)
+                probs = LogProbs._log_softmax(h, head).exp_().to(ctx.working)               # (m, V)
+                grad_weight -= probs.t() @ scaled
+                grad_weight.index_add_(0, target, scaled.to(weight.dtype))
+        return grad_hidden, grad_weight, None
+
+
+# ---- who attends to whom -------------------------------------------------------------------------
+
+
+def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Each position sees itself and all before it. Rows padded on the right need no mask under this."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
+
+def sees_up_to_itself(queries: int, keys: int, device) -> Tensor:
+    """Causal mask (queries, keys) for the last `queries` of `keys` positions."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+class Packed:
+    """Causal attention inside each of the spans of tokens that lie end to end in one packed row of N.
+
+    A span (start, end, prefix_start, prefix_end) also sees all of its prefix, tokens of the span before it: two
+    replies to one prompt are computed with the prompt only once, and each gives it its gradient.
+    """
+
+    def __init__(self, spans):
+        self.spans = spans
+
+    @torch.compiler.disable  # spans differ from batch to batch: compiling for each would never end
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        lengths = [end - start for start, end, _, _ in self.spans]
+        # split, not slices: the gradient of N-wide slices would be as many N-wide tensors of zeros
+        q, k, v = (z.split(lengths, dim=2) for z in (q, k, v))                 # tuples of (1, H, T, D)
+        mixed = []
+        for i, (start, end, prefix_start, prefix_end) in enumerate(self.spans):
+            if prefix_start == prefix_end:
+                mixed.append(causal_attention(layer, q[i], k[i], v[i], dropout))
+                continue
+            offset = self.spans[i - 1][0]
+            prefix = slice(prefix_start - offset, prefix_end - offset)
+            keys = torch.cat([k[i - 1][:, :, prefix], k[i]], dim=2)
+            values = torch.cat([v[i - 1][:, :, prefix], v[i]], dim=2)
+            mask = sees_up_to_itself(end - start, keys.shape[2], keys.device)
+            mixed.append(F.scaled_dot_product_attention(q[i], keys, values, attn_mask=mask, dropout_p=dropout))
+        return torch.cat(mixed, dim=2)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in memory allocated once.
+
+    `rows` prompts of different lengths are padded on the left (`pads` tokens each), so that all rows grow at the same
+    place. The cache of a conversation can be passed to one `generate` after another: what the new ids share with the
+    old from the start is not computed again.
+    """
+
+    def __init__(self, gpt: GPT, rows: int = 1, pads: list[int] | None = None, positions: int | None = None):
+        c = gpt.config
+        shape = (c.n_layer, rows, c.n_head, positions or c.n_positions, c.n_embd // c.n_head)
+        self.keys = torch.empty(shape, device=gpt.device, dtype=gpt.ln_f.weight.dtype)
+        self.values = torch.empty_like(self.keys)
+        self.ids: list[int] = []  # the tokens of a single row, to find what a new prompt shares with them
+        self.length = 0
+        self.pads = None if not pads or not any(pads) else torch.tensor(pads, device=gpt.device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        new, end = k.shape[2], self.length + k.shape[2]
+        self.keys[layer, :, :, self.length:end] = k
+        self.values[layer, :, :, self.length:end] = v
+        k, v = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]    # (B, H, end, D)
+        mask = None if new == 1 else sees_up_to_itself(new, end, k.device)
+        if self.pads is not None:
+            place = torch.arange(end, device=k.device)
+            real = (place >= self.pads[:, None])[:, None, None]                # (B, 1, 1, end)
+            itself = place == place[self.length:, None]  # a pad sees itself: a softmax over nothing would be NaN
+            mask = real | itself if mask is None else mask & real | itself     # (B, 1, new, end)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    @torch.no_grad()
+    def extend(self, gpt: GPT, tokens: Tensor) -> Tensor:
+        """Run (B, t) new tokens behind those in the cache; logits of the last position, (B, V)."""
+        positions = torch.arange(self.length, self.length + tokens.shape[1], device=tokens.device)
+        if self.pads is not None:
+            positions = (positions - self.pads[:, None]).clamp(min=0)
+        last = gpt.hidden(tokens, positions, self)[:, -1]                      # (B, C)
+        self.length += tokens.shape[1]
+        return F.linear(last, gpt.wte.weight)
+
+    def read(self, gpt: GPT, ids: list[int]) -> Tensor:
+        """Logits (1, V) after `ids`, computing only what they do not share with the tokens already here."""
+        shared = 0
+        while shared < min(len(self.ids), len(ids) - 1) and self.ids[shared] == ids[shared]:
+            shared += 1
+        self.length, self.ids = shared, list(ids)
+        return self.extend(gpt, torch.tensor([ids[shared:]], device=gpt.device))
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+def window_start(length: int, positions: int) -> int:
+    """Where the model's view of `length` tokens begins: at 0 while they fit, then in hops of half the context.
+
+    A pure function of the length, so that generation with and without a cache see the same; a hop at a time, because
+    every move of the window gives all tokens new positions, and the cache must be read anew.
+    """
+    hop = max(1, positions // 2)
+    return max(0, math.ceil((length - positions) / hop)) * hop
+
+
+def choose(logits: Tensor, seen: list[int], temperature: float, top_k: int, top_p: float, min_p: float,
+           repetition_penalty: float, generator: torch.Generator) -> int:
+    """Draw the next id from (V,) logits; temperature 0 takes the likeliest."""
+    logits = logits.float().cpu()
+    if repetition_penalty != 1.0 and seen:
+        # Keskar et al. 2019 (CTRL), section 4.1: divide a seen token's logit, or multiply it where it is negative
+        place = torch.tensor(sorted(set(seen)))
+        logits = logits.clone()
+        logits[place] = torch.where(logits[place] > 0, logits[place] / repetition_penalty,
+                                    logits[place] * repetition_penalty)
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    if 0 < top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
+    probs = logits.softmax(-1)
+    if top_p < 1:  # Holtzman et al. 2019: the smallest set of tokens whose probabilities add up to top_p
+        ordered, place = probs.sort(descending=True)
+        probs[place[ordered.cumsum(0) - ordered >= top_p]] = 0
+    if min_p > 0:  # tokens at least min_p times as likely as the likeliest
+        probs[probs < min_p * probs.max()] = 0
+    return int(torch.multinomial(probs, 1, generator=generator))
+
+
+def generate(gpt: GPT, ids: list[int], max_new_tokens: int = 256, *, temperature: float = 1.0, top_k: int = 0,
+             top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int | None = None,
+             stop: int | None = END_OF_TEXT, cache: KVCache | None = None) -> Iterator[int]:
+    """Yield the ids that follow `ids`, one by one, until `stop` (not yielded) or max_new_tokens.
+
+    Text may grow past the model's positions: the window then slides, see `window_start`.
+    """
+    if not ids:
+        raise ValueError("generate needs at least one token to start from")
+    if not 0 <= min(ids) <= max(ids) < gpt.config.vocab_size:
+        raise ValueError(f"token ids must lie in 0..{gpt.config.vocab_size - 1}, got {min(ids)}..{max(ids)}")
+    generator = torch.Generator()
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    cache = cache or KVCache(gpt)
+    ids, written, start = list(ids), len(ids), window_start(len(ids), gpt.config.n_positions)
+    logits = cache.read(gpt, ids[start:])
+    while True:
+        token = choose(logits[0], ids, temperature, top_k, top_p, min_p, repetition_penalty, generator)
+        if token == stop:
+            return
+        yield token
+        ids.append(token)
+        if len(ids) - written >= max_new_tokens:
+            return
+        moved = window_start(len(ids), gpt.config.n_positions)
+        if moved != start:
+            start = moved
+            logits = cache.read(gpt, ids[start:])
+        else:
+            cache.ids.append(token)
+            logits = cache.extend(gpt, torch.tensor([[token]], device=gpt.device))
+
+
+def generate_batch(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, stop: int = END_OF_TEXT,
+                   rows: int = 64) -> list[list[int]]:
+    """The likeliest continuation of every prompt, many at a time; one that ended by itself ends with `stop`."""
+    replies: list[list[int]] = [[] for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for group in (by_length[i:i + rows] for i in range(0, len(by_length), rows)):
+        longest = max(len(prompts[i]) for i in group)
+        if longest > gpt.config.n_positions:
+            raise ValueError(f"a prompt of {longest} tokens exceeds the model's {gpt.config.n_positions} positions")
+        pads = [longest - len(prompts[i]) for i in group]
+        end = min(gpt.config.n_positions, longest + max_new_tokens)
+        cache = KVCache(gpt, len(group), pads, positions=end)
+        tokens = torch.tensor([[stop] * pad + prompts[i] for i, pad in zip(group, pads, strict=True)])
+        going = torch.ones(len(group), dtype=torch.bool)
+        while going.any() and cache.length + tokens.shape[1] <= end:
+            tokens = cache.extend(gpt, tokens.to(gpt.device)).argmax(-1).cpu()[:, None]    # (B, 1)
+            for row in going.nonzero()[:, 0].tolist():
+                replies[group[row]].append(int(tokens[row, 0]))
+            going &= tokens[:, 0] != stop
+    return [reply[:max_new_tokens] for reply in replies]
+
+
+# ---- weights in and out --------------------------------------------------------------------------
+
+
+def _is_conv1d(name: str) -> bool:
+    """transformers keeps GPT-2's four projections as OpenAI's Conv1D, whose weight is (in, out): ours is (out, in)."""
+    return name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith(".weight")
+
+
+def _from_transformers(weights: dict[str, Tensor], gpt: GPT, source) -> dict[str, Tensor]:
+    """Our names and orientation, in fp32; says which key is missing or which shape is off."""
+    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
+    head, own = weights.pop("lm_head.weight", None), {}
+    for name, want in gpt.state_dict().items():
+        if name not in weights:
+            near = ", ".join(list(weights)[:3])
+            raise ValueError(f"{source} is not a GPT-2: it has no weight '{name}' (its first keys: {near})")
+        w = weights[name].t() if _is_conv1d(name) and weights[name].dim() == 2 else weights[name]
+        if w.shape != want.shape:
+            raise ValueError(f"{source}: weight '{name}' has shape {tuple(weights[name].shape)}, "
+                             f"config.json asks for {tuple(want.t().shape if _is_conv1d(name) else want.shape)}")
+        own[name] = w.float().contiguous()
+    unknown = [n for n in weights if n not in own and not n.endswith((".attn.bias", ".attn.masked_bias"))]
+    if unknown:
+        raise ValueError(f"{source} has a weight that GPT-2 does not have: '{unknown[0]}'")
+    if head is not None and not torch.equal(head.float(), own["wte.weight"]):
+        raise ValueError(f"{source}: lm_head.weight differs from wte.weight, but GPT-2 ties the two")
+    return own
+
+
+def _from_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model at '{folder}': give sample, {', '.join(SIZES)}, "
+                                "or a folder with config.json and model.safetensors")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"'{folder}' is not a model folder: it has no config.json")
+    try:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = GPTConfig(**{k: about[k] for k in GPTConfig.__dataclass_fields__ if k in about})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not a model's configuration: {error}") from None
+    wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": (None, 4 * config.n_embd),
+              "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+    for key, allowed in wanted.items():
+        if about.get(key, allowed) != allowed and about.get(key) not in (allowed if isinstance(allowed, tuple) else ()):
+            raise ValueError(f"{folder / 'config.json'}: {key} is {about[key]!r}, GPT-2 has {allowed!r}")
+    index = folder / "model.safetensors.index.json"
+    names = (sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file()
+             else ["model.safetensors"])
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            pickled = next((f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")), None)
+            reason = f": {pickled} is a pickle, which can run code when it is read; save it again with transformers' " \
+                     "save_pretrained, which writes safetensors" if pickled else ""
+            raise FileNotFoundError(f"'{folder}' has no {name}{reason}")
+        try:
+            weights |= load_file(folder / name)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is damaged: {error}") from None
+    return config, weights
+
+
+def _from_hub(name: str) -> tuple[GPTConfig, dict[str, Tensor]]:
+    from transformers import GPT2LMHeadModel  # seven seconds to import: only for those who need it
+
+    try:
+        theirs = GPT2LMHeadModel.from_pretrained(f"openai-community/{name}")
+    except OSError as error:
+        raise FileNotFoundError(
+            f"OpenAI's {name} is not on this machine and the Hugging Face Hub did not answer.\n"
+            f"Where there is a network: uv run hf download openai-community/{name} --local-dir {name}\n"
+            f"then copy the folder here and give --model {name}; or use the bundled --model sample\n"
+            f"({str(error).splitlines()[0]})") from None
+    return SIZES[name], theirs.state_dict()
+
+

@@ -1,0 +1,72 @@
+"""Supervised fine-tuning: a base model learns to converse by continuing conversations it is shown.
+
+    uv run sft.py                                   the bundled sample: minutes on a laptop's CPU, no network
+    uv run sft.py --preset gpt2-medium              OpenAI's GPT-2 355M on OASST and SmolTalk
+    uv run sft.py --model gpt2 --data my_chats.jsonl --out runs/mine
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import data
+from train import Run, Settings, begin, finish, lazy, run_script, step_batches, train, validation_batches
+
+torch = lazy("torch")
+
+
+@dataclass(kw_only=True)
+class Config(Settings):
+    preset: Literal["sample", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "sample"  # defaults for a model's size
+    model: str = "sample"  # sample, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in transformers' format
+    data: tuple[str, ...] = ("sample",)  # conversations: NAME, NAME:PATH or PATH, each with an optional @WEIGHT
+    out: str = "runs/sft"  # run folder; the same command again goes on where it stopped
+    steps: int = 300  # optimiser steps
+    batch_size: int = 32  # conversations a step, over all processes
+    lr: float = 1e-3  # highest learning rate
+    lora_rank: int = 0  # rank of the LoRA adapters; 0 trains all weights
+    checks: str = "sample/checks.jsonl"
+
+    row_name: ClassVar[str] = "conversations"
+
+
+# What people have: a laptop (gpt2), one 24 GB GPU (gpt2-medium and -large), one 80 GB GPU (gpt2-xl). All but xl train
+# every weight: LoRA needs less memory, but full fine-tuning teaches a 2019 model to converse better.
+REAL = {"data": ("oasst1", "oasst2", "smoltalk@0.02"), "steps": 2000, "batch_size": 32, "checks": "",
+        "prompts": ("What does a Data Scientist do? | What about a machine learning engineer?",
+                    "Explain photosynthesis to a child.", "Write a short poem about the sea."),
+        "reply_tokens": 160, "eval_every": 200, "save_every": 200, "log_every": 5}
+PRESETS = {
+    "sample": {},
+    # a laptop: LoRA halves time and memory, 300 steps of 16 are an evening
+    "gpt2": REAL | {"model": "gpt2", "steps": 300, "batch_size": 16, "lr": 3e-4, "lora_rank": 16,
+                    "data": ("oasst1",), "context": 512, "eval_every": 50, "save_every": 50, "log_every": 1},
+    # 355M: weights, gradients and AdamW take 5.7 GB, which leaves room for 16,384 tokens at once
+    "gpt2-medium": REAL | {"model": "gpt2-medium", "lr": 5e-5, "micro_batch_tokens": 16384},
+    # 774M: 12.4 GB before the first activation; 4,096 tokens at once fit the rest
+    "gpt2-large": REAL | {"model": "gpt2-large", "lr": 3e-5, "micro_batch_tokens": 4096},
+    # 1,558M: 25 GB before the first activation
+    "gpt2-xl": REAL | {"model": "gpt2-xl", "lr": 2e-5, "micro_batch_tokens": 16384},
+}
+
+
+def sft_loss(gpt, batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Cross-entropy over the assistant's tokens: - sum over t of log p(token_t | all tokens before t)."""
+    logprobs = gpt.target_logprobs(batch)                                      # (M,), M supervised tokens
+    return -logprobs.sum(), torch.tensor(len(logprobs)), {}
+
+
+def main(cfg: Config) -> dict:
+    with Run("sft", cfg) as run:
+        gpt = run.load(cfg.model)
+        chats = data.load_rows(cfg.data, context=cfg.context, val_fraction=cfg.val_fraction, seed=cfg.seed,
+                               bad_rows=cfg.bad_rows)
+        if not begin(gpt, chats, cfg, run):
+            return run.about["metrics"]
+        metrics = train(gpt, sft_loss, step_batches(chats, cfg, run), validation_batches(chats, cfg, run), cfg, run)
+        return finish(gpt, metrics, cfg, run, next_command=f"uv run dpo.py --model {cfg.out}, or uv run chat.py")
+
+
+if __name__ == "__main__":
+    run_script(main, Config, PRESETS)

@@ -1,0 +1,1199 @@
+"""The one training loop, and what a run needs around it. It knows no task: the loss is an argument.
+
+    LossFn = Callable[[GPT, Batch], tuple[Tensor, Tensor, dict[str, Tensor]]]    # loss SUM, count, metric SUMS
+
+Losses are sums over a micro-batch. The loop adds them up and divides once, by the count over the whole step and all
+processes, so one micro-batch of 8 rows equals eight of 1, two processes equal one, and micro-batches with nothing to
+learn from add zero. A step is `batch_size` rows in an order fixed by (seed, epoch), whatever the hardware; dropout is
+fixed by (seed, step, micro-batch, rank). Randomness is thus a function of position, never of history: nothing random
+is saved, and a run that is resumed equals one that was never interrupted, bit for bit.
+
+`uv run train.py runs/sft runs/dpo` compares finished runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+
+import data
+
+
+class lazy:  # noqa: N801 - reads like the import that it stands for
+    """`torch = lazy("torch")` imports torch when it is first used: --help must not wait two seconds for it."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+torch = lazy("torch")
+model = lazy("model")
+lora = lazy("lora")
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """What every stage can be told; a stage's own Config adds the rest and comes first."""
+
+    checks: str = ""  # JSONL of questions with the facts a good reply contains: answered and scored before and after
+    prompts: tuple[str, ...] = ("What does a data scientist do? | What about a machine learning engineer?", "Hello!")
+    # conversations answered before, during and after training; " | " separates the turns of one
+    seed: int = 0  # order of the rows, split, dropout and LoRA's first values
+    val_fraction: float = 0.05  # share of the conversation trees held out for validation
+    val_rows: int = 256  # of those, how many rows an evaluation takes at most
+    bad_rows: Literal["error", "skip"] = "error"  # what a malformed row of a data file does
+    context: int = 1024  # tokens of a row at most; longer conversations lose their oldest exchanges
+
+    micro_batch_tokens: int = 2048  # tokens computed at once: memory, not results, depends on it
+    warmup: float = 0.05  # share of the steps in which the rate rises from 0 to --lr
+    final_lr: float = 0.1  # the cosine's end, as a share of --lr
+    weight_decay: float = 0.01  # AdamW's, on matrices only
+    beta2: float = 0.99  # AdamW's memory of squared gradients
+    clip: float = 1.0  # the gradient's norm at most
+    dropout: float = 0.0  # GPT-2's own, in embeddings, attention and both branches
+    lora_alpha: float = 16.0  # the adapters' strength: their output is scaled by alpha / rank
+    lora_dropout: float = 0.0  # on the adapters' input
+    lora_targets: tuple[str, ...] = ("c_attn", "c_proj", "c_fc")  # layers that get an adapter, by the end of their name
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead: for high ranks
+
+    eval_every: int = 100  # steps between evaluations (0: only before the first step and after the last)
+    save_every: int = 100  # steps between checkpoints (0: only after the last step and when interrupted)
+    log_every: int = 1  # steps between lines of metrics.jsonl
+    keep: int = 2  # checkpoints kept, besides the one with the best validation loss
+    reply_tokens: int = 96  # tokens of a shown or checked reply at most
+    tracker: Literal["none", "wandb", "tensorboard", "trackio"] = "none"  # where metrics also go: an optional extra
+
+    device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device computes in it, else fp32
+    compile: bool = False  # torch.compile every block: slow to start, faster on GPUs
+    recompute: bool = False  # gradient checkpointing: a third more time, a fraction of the activations' memory
+    fsdp: bool = False  # with torchrun: shard the model over the processes (FSDP2) instead of copying it (DDP)
+    config: str = ""  # a run.json whose settings are taken as defaults: repeats a run
+    overwrite: bool = False  # start anew in a folder that holds another run
+    debug: bool = False  # show the traceback of an error
+
+
+# Settings that may differ when a run is resumed, because the result does not depend on them.
+MAY_DIFFER = {"overwrite", "debug", "config", "preset", "tracker", "save_every", "keep", "out"}
+
+
+def command_line(config: type, presets: dict[str, dict] | None = None, args: list[str] | None = None):
+    """The script's Config from its flags: --preset and --config change the defaults, every other flag one value."""
+    args = sys.argv[1:] if args is None else args
+    values: dict = {}
+    for flag in ("--preset", "--config"):
+        for i, arg in enumerate(args):
+            value = arg.partition("=")[2] if arg.startswith(flag + "=") else args[i + 1] if (
+                arg == flag and i + 1 < len(args)) else None
+            if value is not None and flag == "--preset":
+                values |= (presets or {}).get(value, {}) | {"preset": value}
+            elif value is not None:
+                values |= _saved_config(value, config)
+    return tyro.cli(config, default=config(**values), args=args, description=sys.modules[config.__module__].__doc__)
+
+
+def _saved_config(path: str, config: type) -> dict:
+    try:
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"error: --config {path} is not the run.json of a run ({error})") from None
+    known = {f.name: f for f in dataclasses.fields(config)}
+    if strangers := sorted(set(saved) - set(known)):
+        raise SystemExit(f"error: --config {path} has a setting that this script does not know: {strangers[0]}")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k not in ("overwrite", "config")}
+
+
+def run_script(main, config: type, presets: dict[str, dict] | None = None) -> None:
+    """Run main(config from the command line); trouble becomes a few clear lines and exit code 2 (input) or 1 (run)."""
+    debug = "--debug" in sys.argv
+    try:
+        main(command_line(config, presets))
+    except Interrupted as stop:
+        sys.exit(stop.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe has gone: nothing left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        refused = isinstance(error, ValueError | FileNotFoundError | FileExistsError | NotADirectoryError
+                             | IsADirectoryError | PermissionError | Busy)
+        failed = isinstance(error, OSError | ArithmeticError | MemoryError | ImportError) or is_out_of_memory(error)
+        if debug or not (refused or failed):
+            raise
+        lines = "\n".join(str(error).splitlines()[:5]) or type(error).__name__
+        print(f"error: {data.visible(lines)}", file=sys.stderr)
+        sys.exit(2 if refused else 1)
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; `code` is the conventional exit code."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.code = 128 + signum
+
+
+class Busy(Exception):
+    """Another process works in this run folder."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+# ---- processes and device ------------------------------------------------------------------------
+
+SAMPLE_MODEL = Path(__file__).parent / "sample" / "model"
+
+
+def find_model(spec: str) -> str:
+    """A --model as model.GPT.from_pretrained takes it: `sample` is the bundled base model."""
+    return str(SAMPLE_MODEL) if spec == "sample" and not Path(spec).joinpath("config.json").is_file() else spec
+
+
+def pick_device(wanted: str = "auto") -> torch.device:
+    if wanted != "auto":
+        try:
+            torch.empty(0, device=wanted)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {wanted} cannot be used here: {str(error).splitlines()[0]}") from None
+        return torch.device(wanted)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """bf16 only where the hardware multiplies in it: elsewhere it is several times slower than fp32."""
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bf16" else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def to_device(batch: data.Batch, device: torch.device) -> data.Batch:
+    """The batch with its numpy arrays as tensors on the device."""
+    arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return replace(batch, **{k: torch.from_numpy(v).to(device, non_blocking=True)
+                             for k, v in arrays.items() if hasattr(v, "dtype")})
+
+
+class Run:
+    """One run: its processes, its device, its folder, and how it is stopped.
+
+    Used as `with Run("sft", cfg) as run`. Holds the folder's lock, so that two runs cannot share it, and turns the
+    first SIGTERM or Ctrl-C into an orderly stop at the next safe point, the second into an exit at once.
+    """
+
+    def __init__(self, stage: str, cfg: Settings):
+        self.stage, self.cfg, self.folder = stage, cfg, Path(cfg.out)
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(cfg.device)
+        self.dtype = pick_precision(cfg.precision, self.device)
+        self.signal = 0
+        self.training = False  # inside the loop a signal waits for a safe point; outside it ends the run at once
+        self.started = time.perf_counter()
+        self.about: dict = {}
+        self.console = Console(soft_wrap=True)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def __enter__(self) -> Run:
+        from filelock import FileLock, Timeout
+
+        if self.cfg.batch_size < self.world:
+            raise ValueError(f"--batch-size {self.cfg.batch_size} is too few for {self.world} processes")
+        self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        if "RANK" in os.environ and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+        self.lock = None
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.folder / ".lock", timeout=0)
+            try:
+                self.lock.acquire()
+            except Timeout:
+                self.lock = None
+                raise Busy(f"{self.folder} is in use by another process.\n"
+                           "Wait for it, or give another folder: --out") from None
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.lock:
+            self.lock.release()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if torch.distributed.is_initialized() and kind is None:
+            torch.distributed.destroy_process_group()
+
+    def _on_signal(self, number: int, frame) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        if not self.training:
+            raise Interrupted(number)
+        self.say(f"\n{signal.Signals(number).name}: saving a checkpoint, then stopping (again to stop at once)")
+
+    def stop_point(self, together: bool = True) -> None:
+        """Raise Interrupted if a signal has come; several processes decide together, or not at all."""
+        if self.world > 1:
+            if not together:
+                return
+            self.signal = int(self.total(torch.tensor(float(self.signal)), "MAX"))
+        if self.signal:
+            raise Interrupted(self.signal)
+
+    def total(self, value: torch.Tensor, how: str = "SUM") -> torch.Tensor:
+        """The sum (or MAX) of a small tensor over all processes, in fp64 on the CPU."""
+        value = value.detach().to("cpu", torch.float64)
+        if self.world > 1:
+            value = value.to(self.device if self.device.type == "cuda" else "cpu")
+            torch.distributed.all_reduce(value, getattr(torch.distributed.ReduceOp, how))
+        return value.cpu()
+
+    def say(self, text: str = "") -> None:
+        if self.main:
+            self.console.print(text, markup=False, highlight=False)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def load(self, spec: str) -> model.GPT:
+        """The model to train, on the device, with fresh adapters if the run has any."""
+        cfg = self.cfg
+        gpt = model.GPT.from_pretrained(find_model(spec))
+        if cfg.context > gpt.config.n_positions:
+            raise ValueError(f"--context {cfg.context} is more than the {gpt.config.n_positions} positions of {spec}")
+        self.about["model"] = {"name": spec, "parameters": sum(p.numel() for p in gpt.parameters()),
+                               "sha256": fingerprint(gpt)}
+        if cfg.lora_rank:
+            torch.manual_seed(cfg.seed)
+            lora.add_adapters(gpt, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.rslora, cfg.lora_targets)
+            if self.dtype == torch.bfloat16 and not cfg.fsdp:  # autocast would cast the frozen weights in every step
+                for layer in lora.adapters(gpt).values():
+                    layer.base.to(self.dtype)
+        gpt.dropout, gpt.recompute_activations = cfg.dropout, cfg.recompute
+        return gpt.to(self.device)
+
+
+def fingerprint(gpt: model.GPT) -> str:
+    """sha256 of the weights: a run that is resumed must start from the same model."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(gpt.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def parallelise(gpt: model.GPT, loss_fn, cfg: Settings, run: Run):
+    """loss_fn as the forward of a module, which is where DDP and FSDP2 hook in, and that module made parallel."""
+
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gpt = gpt
+
+        def forward(self, batch):
+            return loss_fn(self.gpt, batch)
+
+    if cfg.compile:
+        for block in gpt.h:
+            block.compile()  # in place: the weights keep their names
+    loss = Loss()
+    if run.world > 1 and cfg.fsdp:
+        from torch.distributed.fsdp import fully_shard
+
+        for part in (*gpt.h, loss):
+            fully_shard(part)
+        for part in (*gpt.h, loss):  # sums, on every backend: the loop divides by the count (pytorch issue 162338)
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+    elif run.world > 1:
+        ids = [run.device.index] if run.device.type == "cuda" else None
+        loss = torch.nn.parallel.DistributedDataParallel(loss, device_ids=ids, gradient_as_bucket_view=True)
+    return loss
+
+
+@contextlib.contextmanager
+def synchronised(loss, last: bool):
+    """Gradients travel between the processes in the step's last micro-batch only."""
+    if isinstance(loss, torch.nn.parallel.DistributedDataParallel):
+        with contextlib.nullcontext() if last else loss.no_sync():
+            yield
+    else:
+        if hasattr(loss, "set_requires_gradient_sync"):
+            loss.set_requires_gradient_sync(last)
+        yield
+
+
+# ---- optimiser and schedule ----------------------------------------------------------------------
+
+
+def make_optimizer(gpt: model.GPT, cfg: Settings) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, since a bias or a norm's gain near zero is not simpler."""
+    params = [p for p in gpt.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+
+
+def learning_rate(step: int, cfg: Settings) -> float:
+    """Linear warm-up, then half a cosine from lr down to final_lr * lr; `step` counts from 0."""
+    warmup = max(1, round(cfg.warmup * cfg.steps))
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, cfg.steps - warmup)
+    return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def seed_at(*position: int) -> int:
+    """A seed that depends on a position and on nothing before it."""
+    return int.from_bytes(hashlib.sha256(repr(position).encode()).digest()[:8], "little") >> 1
+
+
+def memory_estimate(gpt: model.GPT, cfg: Settings, run: Run) -> int:
+    """Bytes at the peak of a step: weights, gradients, AdamW's two moments, activations, one chunk of logits."""
+    c = gpt.config
+    learning = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in gpt.parameters())
+    width = 4 if run.dtype == torch.float32 else 2
+    if run.dtype != torch.float32 and not cfg.lora_rank:
+        weights += sum(p.numel() for p in gpt.parameters()) * width  # autocast's copies
+    # kept for the backward pass, in widths of the model: inputs and outputs of two norms, q k v, attention's output,
+    # the MLP's 4C before and after GELU, the residual stream, and what the adapters read
+    per_token = (2 if cfg.recompute else 19 * c.n_layer) * c.n_embd * width + 2 * c.n_layer * c.n_embd * 4
+    tokens = max(cfg.micro_batch_tokens, cfg.context)
+    chunk = 3 * model.LogProbs.CHUNK * c.vocab_size * 4
+    head = 0 if cfg.lora_rank else c.vocab_size * c.n_embd * 4
+    sharded = (weights + 12 * learning) / (run.world if cfg.fsdp else 1)
+    return int(sharded + tokens * per_token + chunk + head)
+
+
+def memory_free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        available = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")]
+        return int(available[0].split()[1]) * 1024
+    except (OSError, IndexError):  # no Linux: what is installed, for want of what is free
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+def peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    except ImportError:  # Windows
+        return 0
+
+
+# ---- run folder and checkpoints ------------------------------------------------------------------
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that a rename in it survives a power cut."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write all of a file or nothing: to a temporary name, to the disk, then renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+
+
+@dataclass
+class State:
+    """What the loop remembers besides weights and optimiser; all of it is in a checkpoint."""
+
+    step: int = 0  # optimiser steps done
+    tokens: int = 0  # tokens trained on
+    budget: int = 0  # micro-batch tokens, halved when memory ran out
+    val_loss: float | None = None  # at this step, if it was measured
+    best: float | None = None  # lowest validation loss so far
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted((folder / "checkpoints").glob("step-[0-9]*"), reverse=True)
+
+
+def verify_checkpoint(folder: Path) -> str:
+    """Why a checkpoint cannot be trusted, or "" if every file is as its manifest says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files = {name: (about["size"], about["sha256"]) for name, about in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest is missing or damaged ({type(error).__name__})"
+    if set(files) != {"model.safetensors", "optimizer.safetensors", "state.json"}:
+        return "its manifest does not list the files of a checkpoint"
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if sha256(path) != digest:
+            return f"{name} is damaged (its sha256 differs)"
+    return ""
+
+
+def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run: Run) -> None:
+    """Write checkpoints/step-NNNNNNNN so that at every moment a whole one exists: this or the one before.
+
+    Into a temporary folder, everything to the disk, the manifest with sizes and sha256 last, then one rename. Older
+    ones go only after the new one has been read back. Raises OSError with the bytes needed and free.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    weights = whole_weights(gpt, run, frozen=False)
+    flat = get_optimizer_state_dict(gpt, optimizer, options=_state_options(run, flatten_optimizer_state_dict=True))
+    if not run.main:
+        return
+    tensors = {k: v.contiguous() for k, v in flat.items() if hasattr(v, "dtype")}
+    numbers = {k: v for k, v in flat.items() if not hasattr(v, "dtype")}
+    folder = run.folder / "checkpoints" / f"step-{state.step:08d}"
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if folder.is_dir():
+        if not verify_checkpoint(folder):
+            return
+        shutil.rmtree(folder)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(weights, temporary / "model.safetensors")
+        save_file(tensors, temporary / "optimizer.safetensors")
+        write_file(temporary / "state.json", json.dumps({"state": asdict(state), "optimizer": numbers}))
+        files = {}
+        for path in sorted(temporary.iterdir()):
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+            files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+        manifest = {"files": files, "config": asdict(cfg), "versions": versions()}
+        write_file(temporary / "manifest.json", json.dumps(manifest, indent=1))
+        os.replace(temporary, folder)
+        sync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values()))
+        raise OSError(getattr(error, "errno", None) or errno.EIO, _no_room(folder, needed, error)) from None
+    if why := verify_checkpoint(folder):
+        raise OSError(errno.EIO, f"{folder} was written but {why}; older checkpoints were kept")
+    _prune_checkpoints(run.folder, cfg.keep)
+
+
+def _no_room(folder: Path, needed: int, error: Exception) -> str:
+    free = shutil.disk_usage(next(p for p in folder.parents if p.exists())).free
+    return (f"{folder} could not be written: {getattr(error, 'strerror', None) or error}\n"
+            f"It needs {needed:,} bytes; {free:,} are free. Earlier checkpoints are untouched.\n"
+            "Make room, then run the same command again: it goes on from the newest checkpoint.")
+
+
+def _prune_checkpoints(folder: Path, keep: int) -> None:
+    """Keep the newest (at least two) and the one with the lowest validation loss."""
+    losses = {}
+    for path in checkpoint_folders(folder):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            losses[path] = json.loads((path / "state.json").read_text())["state"]["val_loss"]
+    measured = [path for path, loss in losses.items() if loss is not None]
+    best = min(measured, key=losses.get, default=None)
+    for path in checkpoint_folders(folder)[max(2, keep):]:
+        if path != best:
+            # renamed first: a half-deleted folder must not look like a checkpoint
+            doomed = path.with_name(f".{path.name}.old")
+            os.replace(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def load_checkpoint(gpt: model.GPT, optimizer, run: Run) -> State | None:
+    """Go on from the newest checkpoint that verifies; says which were skipped and why. None if there is none."""
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    for leftover in (run.folder / "checkpoints").glob(".step-*") if run.main else ():
+        shutil.rmtree(leftover, ignore_errors=True)
+    for folder in checkpoint_folders(run.folder):
+        if why := verify_checkpoint(folder):
+            run.say(f"skipped {folder}: {why}")
+            continue
+        saved = json.loads((folder / "state.json").read_text())
+        options = StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
+        set_model_state_dict(gpt, load_file(folder / "model.safetensors"), options=options)
+        flat = load_file(folder / "optimizer.safetensors") | saved["optimizer"]
+        set_optimizer_state_dict(gpt, optimizer, flat, options=replace(options, flatten_optimizer_state_dict=True))
+        run.say(f"resumed {folder}")
+        return State(**saved["state"])
+    return None
+
+
+def _state_options(run: Run, **more):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=run.world > 1, **more)
+
+
+def whole_weights(gpt: model.GPT, run: Run, frozen: bool = True) -> dict[str, torch.Tensor]:
+    """The model's weights in one piece on rank 0, however they are spread; without `frozen`, those that learn."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    weights = get_model_state_dict(gpt, options=_state_options(run, ignore_frozen_params=not frozen))
+    return {name: w.detach().contiguous() for name, w in weights.items()}
+
+
+def open_folder(run: Run, about: dict) -> dict:
+    """Claim the run folder for this configuration; returns the run.json of the run that is continued, or {}.
+
+    Another configuration or other data in the same folder is refused with the difference shown.
+    """
+    path, cfg = run.folder / "run.json", run.cfg
+    about = {"stage": run.stage, "config": asdict(cfg), "versions": versions()} | run.about | about
+    old = {}
+    if run.main:
+        if cfg.overwrite:
+            for name in ("checkpoints", "adapter"):
+                shutil.rmtree(run.folder / name, ignore_errors=True)
+            for name in ("run.json", "metrics.jsonl", "model.safetensors", "config.json"):
+                (run.folder / name).unlink(missing_ok=True)
+        if path.is_file():
+            try:
+                old = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                raise ValueError(f"{path} is damaged.\nStart anew with --overwrite, or give another --out") from None
+            if changes := _differences(old, about):
+                shown = changes[:2] + ([f"... and {len(changes) - 2} more"] if len(changes) > 2 else [])
+                raise ValueError(f"{run.folder} holds another run:\n" + "\n".join(shown)
+                                 + "\nUse another --out, or --overwrite to start anew")
+        elif checkpoint_folders(run.folder) or (run.folder / "model.safetensors").is_file():
+            raise ValueError(f"{run.folder} holds a model that no run.json describes.\n"
+                             "Use another --out, or --overwrite to start anew")
+        else:
+            write_file(path, json.dumps(about, indent=1))
+    if run.world > 1:
+        box = [old]
+        torch.distributed.broadcast_object_list(box)
+        old = box[0]
+    run.about = old or about
+    return old
+
+
+def _differences(old: dict, new: dict) -> list[str]:
+    new = json.loads(json.dumps(new))  # tuples become lists, as in the file
+    pairs = [(f"--{k.replace('_', '-')}", old.get("config", {}).get(k), v)
+             for k, v in new["config"].items() if k not in MAY_DIFFER]
+    pairs += [("stage", old.get("stage"), new["stage"]),
+              ("data (sha256)", old.get("data", {}).get("sha256"), new.get("data", {}).get("sha256")),
+              ("model (sha256)", old.get("model", {}).get("sha256"), new.get("model", {}).get("sha256"))]
+    return [f"  {name}: {_short(before)} there, {_short(now)} now" for name, before, now in pairs if before != now]
+
+
+def _short(value) -> str:
+    return repr(value) if not isinstance(value, str) or len(value) < 40 else value[:12] + "..."
+
+
+def export(gpt: model.GPT, cfg: Settings, run: Run) -> None:
+    """Leave the finished model as a folder that transformers and PEFT open as it is."""
+    weights = whole_weights(gpt, run)
+    if not run.main:
+        return
+    temporary = run.folder / ".export.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    gpt.save_pretrained(temporary, lora.merged_weights(gpt, weights))
+    data.save_tokenizer(temporary)
+    if cfg.lora_rank:
+        base = find_model(cfg.model)
+        lora.save_adapters(gpt, temporary / "adapter", os.path.abspath(base) if os.path.isdir(base) else base, weights)
+        shutil.rmtree(run.folder / "adapter", ignore_errors=True)
+    for path in sorted(temporary.iterdir()):
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+        os.replace(path, run.folder / path.name)
+    temporary.rmdir()
+    sync_folder(run.folder)
+
+
+# ---- log -----------------------------------------------------------------------------------------
+
+
+class Log:
+    """metrics.jsonl, the progress on screen, and a tracker if one was asked for."""
+
+    def __init__(self, run: Run, state: State):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.run, self.path = run, run.folder / "metrics.jsonl"
+        if run.main:  # lines after the checkpoint will be written again
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+            records = (_parsed(line) for line in lines)
+            write_file(self.path, "".join(json.dumps(r) + "\n" for r in records if r and r["step"] <= state.step))
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self.tracker = _tracker(run) if run.main else None
+        self.bar = None
+        if run.main and run.console.is_terminal:
+            self.bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20),
+                                TextColumn("{task.description}"), TimeRemainingColumn(), console=run.console)
+            self.task = self.bar.add_task("", total=run.cfg.steps, completed=state.step)
+            self.bar.start()
+
+    def write(self, record: dict) -> None:
+        if not self.run.main:
+            return
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if self.tracker:
+            self.tracker(record)
+        line = summary(record)
+        if self.bar:
+            self.bar.update(self.task, completed=record["step"], description=line)
+        else:
+            self.run.say(f"step {record['step']:>5}/{self.run.cfg.steps}  {line}")
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+        if self.run.main:
+            self.file.close()
+
+
+def _parsed(line: str) -> dict | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None  # the last line of a run that was killed while writing it
+    return record if isinstance(record, dict) and "step" in record else None
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"'{folder}' is not a run: it has no metrics.jsonl.\nFinish one first: uv run sft.py")
+    return [r for r in map(_parsed, path.read_text(encoding="utf-8").splitlines()) if r]
+
+
+def summary(record: dict) -> str:
+    """One logged step on one line."""
+    parts = [f"loss {record['loss']:.4f}"] if "loss" in record else []
+    if "val_loss" in record:
+        parts.append(f"val {record['val_loss']:.4f}")
+    if "reward_accuracy" in record:
+        parts.append(f"accuracy {record['reward_accuracy']:.0%}  margin {record['reward_margin']:+.3f}  "
+                     f"chosen {record['chosen_reward']:+.3f}  rejected {record['rejected_reward']:+.3f}")
+    if "lr" in record:
+        speed = (f"{record['pairs_per_second']:.1f} pairs/s" if "pairs_per_second" in record
+                 else f"{record['tokens_per_second']:,.0f} tok/s")
+        parts.append(f"lr {record['lr']:.1e}  {speed}  pad {record['padding']:.0%}")
+    return "  ".join(parts)
+
+
+def _tracker(run: Run):
+    name = run.cfg.tracker
+    if name == "none":
+        return None
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(run.folder / "tensorboard")
+            return lambda r: [writer.add_scalar(k, v, r["step"]) for k, v in r.items() if k != "step"]
+        tracker = __import__(name)
+    except ImportError:
+        raise ValueError(f"--tracker {name} needs a package that is not installed: uv sync --extra {name}") from None
+    tracker.init(project="gpt2-chat", name=run.folder.name, config=asdict(run.cfg))
+    return lambda r: tracker.log({k: v for k, v in r.items() if k != "step"}, step=r["step"])
+
+
+PANELS = [("loss", ("loss", "val_loss"), "loss"), ("learning rate", ("lr",), "rate"),
+          ("throughput", ("tokens_per_second",), "tokens / s"), ("gradient norm", ("grad_norm",), "norm"),
+          ("rewards (beta x log-ratio)", ("chosen_reward", "rejected_reward"), "nats"),
+          ("reward margin", ("reward_margin", "val_reward_margin"), "nats"),
+          ("reward accuracy", ("reward_accuracy", "val_reward_accuracy"), "share of pairs"),
+          ("KL to the reference", ("kl", "val_kl"), "nats / token")]
+
+
+def plot_curves(folders: list[Path], path: Path) -> None:
+    """One picture of one or several runs: a panel for each kind of measurement that they hold."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = {Path(f).name: read_metrics(f) for f in folders}
+    present = {key for records in runs.values() for record in records for key in record}
+    panels = [panel for panel in PANELS if present & set(panel[1])]
+    columns = min(4, len(panels)) if len(panels) != 4 else 2
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False)
+    for axis in axes.flat[len(panels):]:
+        axis.remove()
+    for axis, (title, keys, unit) in zip(axes.flat, panels, strict=False):
+        for name, records in runs.items():
+            for key in keys:
+                points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+                if not points:
+                    continue
+                steps, values = zip(*points, strict=True)
+                marks = {"marker": "o", "markersize": 3} if key.startswith("val_") else {"linewidth": 1, "alpha": 0.8}
+                axis.plot(steps, values, label=key if len(runs) == 1 else f"{name} {key}", **marks)
+        axis.set(title=title, xlabel="step", ylabel=unit)
+        axis.grid(alpha=0.3)
+        if len(keys) > 1 or len(runs) > 1:
+            axis.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+# ---- replies and checks --------------------------------------------------------------------------
+
+
+def answer(gpt: model.GPT, conversations: list[data.Conversation], max_new_tokens: int) -> list[tuple[str, bool]]:
+    """The likeliest reply to each conversation, and whether it ended by itself."""
+    room = gpt.config.n_positions - max_new_tokens
+    prompts = [data.render(c, reply=True)[0].tolist()[-room:] for c in conversations]
+    training = gpt.training
+    gpt.eval()
+    replies = model.generate_batch(gpt, prompts, max_new_tokens)
+    gpt.train(training)
+    return [(data.text_of([t for t in ids if t != data.EOT]).strip(), data.EOT in ids) for ids in replies]
+
+
+def converse(gpt: model.GPT, prompts: tuple[str, ...], max_new_tokens: int) -> list[data.Conversation]:
+    """Each prompt's turns (separated by " | ") put to the model one after another."""
+    turns = [prompt.split(" | ") for prompt in prompts]
+    talks: list[data.Conversation] = [[] for _ in prompts]
+    for turn in range(max(map(len, turns), default=0)):
+        asked = [i for i in range(len(talks)) if turn < len(turns[i])]
+        for i in asked:
+            talks[i].append({"role": "user", "content": turns[i][turn]})
+        for i, (text, _) in zip(asked, answer(gpt, [talks[i] for i in asked], max_new_tokens), strict=True):
+            talks[i].append({"role": "assistant", "content": text})
+    return talks
+
+
+def whole_model(gpt: model.GPT, cfg: Settings, run: Run) -> model.GPT:
+    """A model that can answer on its own on rank 0: the one in training, or under FSDP a merged copy of it."""
+    if run.world == 1 or not cfg.fsdp:
+        return gpt
+    weights = whole_weights(gpt, run)
+    copy = model.GPT(gpt.config)
+    if run.main:
+        copy.load_state_dict(lora.merged_weights(gpt, weights))
+    return copy
+
+
+def assess(gpt: model.GPT, cfg: Settings, run: Run) -> dict:
+    """What the model answers to the run's prompts and how it does on its checks; {} on other ranks than 0."""
+    gpt = whole_model(gpt, cfg, run)
+    if not run.main:
+        return {}
+    found = {"replies": converse(gpt, cfg.prompts, cfg.reply_tokens)}
+    if cfg.checks:
+        checks = data.read_checks(cfg.checks)
+        replies = answer(gpt, [check.messages for check in checks], cfg.reply_tokens)
+        found["checks"] = data.tally([data.judge(check, text, ended)
+                                      for check, (text, ended) in zip(checks, replies, strict=True)])
+    return found
+
+
+def checks_table(before: dict, after: dict):
+    """The scores of two assessments side by side, as a rich table."""
+    from rich.table import Table
+
+    table = Table(title="checks, before -> after", title_justify="left")
+    for column in ("group", "questions", "correct", "facts per reply", "end by themselves", "words per reply"):
+        table.add_column(column, justify="left" if column == "group" else "right")
+    for group, now in after.items():
+        was = before.get(group, now)
+        table.add_row(group, str(now["n"]), f"{was['correct']:.1%} -> {now['correct']:.1%}",
+                      f"{was['facts']:.2f} -> {now['facts']:.2f}", f"{was['ended']:.1%} -> {now['ended']:.1%}",
+                      f"{was['words']:.1f} -> {now['words']:.1f}")
+    return table
+
+
+# ---- evaluate, train -----------------------------------------------------------------------------
+
+
+class Sums:
+    """Loss, count and metric sums, added up over micro-batches and then over processes; divided once."""
+
+    def __init__(self):
+        self.values: dict[str, torch.Tensor] = {}
+
+    def add(self, loss, count, metrics: dict) -> None:
+        for key, value in {"loss": loss, "count": count, **metrics}.items():
+            wide = torch.float32 if value.device.type == "mps" else torch.float64  # MPS has no fp64
+            self.values[key] = self.values.get(key, 0.0) + value.detach().to(wide)
+
+    def total(self, run: Run) -> dict[str, float]:
+        keys = list(self.values)
+        return dict(zip(keys, run.total(torch.stack([self.values[k].cpu() for k in keys])).tolist(), strict=True))
+
+
+def means(totals: dict[str, float]) -> dict[str, float]:
+    count = max(totals["count"], 1.0)
+    return {key: value / count for key, value in totals.items() if key not in ("count", "positions")}
+
+
+def without_targets(batch: data.Batch) -> data.Batch:
+    """The batch with nothing to learn from: what a process computes while others are busy with more (FSDP)."""
+    return replace(batch, index=batch.index[:0], targets=batch.targets[:0], reply=batch.reply[:0],
+                   rows=batch.rows[:0], replies=0)
+
+
+def step_batches(rows: data.Data, cfg: Settings, run: Run):
+    """batches(step, budget): this process's micro-batches of a step, which depends on (seed, step) alone."""
+
+    def batches(step: int, budget: int) -> list[data.Batch]:
+        return _share(rows.train, data.order(len(rows.train), cfg.batch_size, cfg.seed, step), budget, cfg, run)
+
+    return batches
+
+
+def _share(rows: list, indices, budget: int, cfg: Settings, run: Run) -> list[data.Batch]:
+    by_length = sorted(indices, key=lambda i: len(rows[i]))
+    shares = [data.micro_batches(rows, by_length[rank::run.world], budget)
+              for rank in (range(run.world) if cfg.fsdp else [run.rank])]
+    mine = shares[run.rank if cfg.fsdp else 0]
+    if cfg.fsdp:  # its gathers are collective: all processes take equally many
+        spare = next(share[0] for share in shares if share)
+        mine = mine + [without_targets(spare)] * (max(map(len, shares)) - len(mine))
+    return mine
+
+
+def validation_batches(rows: data.Data, cfg: Settings, run: Run) -> list[data.Batch]:
+    """This process's share of the validation rows, which are numbered on from the training rows."""
+    first, count = len(rows.train), min(len(rows.val), cfg.val_rows)
+    if not count:
+        return []
+    chosen = first + data.order(len(rows.val), count, cfg.seed, step=0)
+    return _share(rows.train + rows.val, chosen, cfg.micro_batch_tokens, cfg, run)
+
+
+def evaluate(loss, batches: list[data.Batch], run: Run) -> dict[str, float]:
+    """Mean loss and metrics over all batches and processes: total / count, so that perplexity is exp(loss).
+
+    `loss` is a module from `parallelise`.
+    """
+    if not batches:
+        return {}
+    sums, loss = Sums(), getattr(loss, "module", loss)  # DDP has nothing to synchronise here
+    loss.eval()
+    with torch.no_grad(), run.autocast():
+        for batch in batches:
+            sums.add(*loss(to_device(batch, run.device)))
+            run.stop_point(together=False)
+    loss.train()
+    return means(sums.total(run))
+
+
+def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch], cfg: Settings, run: Run) -> dict:
+    """Train in place, from the newest checkpoint of the run's folder if there is one; returns the last metrics.
+
+    train_batches(step, token_budget) gives the micro-batches of a step, val_batches are always the same.
+    Raises FloatingPointError before a step whose loss or gradient is not finite.
+    """
+    loss = parallelise(gpt, loss_fn, cfg, run)
+    optimizer = make_optimizer(gpt, cfg)
+    state = load_checkpoint(gpt, optimizer, run) or State(budget=cfg.micro_batch_tokens)
+    gpt.train()
+    log = Log(run, state)
+    last: dict = {}
+    saved = state.step
+    run.training = True
+    try:
+        if state.step == 0:
+            run.about["before"] |= _prefixed(evaluate(loss, val_batches, run))
+            run.say(f"before the first step: {summary(run.about['before']) or 'no validation rows'}")
+        while state.step < cfg.steps:
+            record = _step_with_memory(loss, gpt, optimizer, train_batches, state, cfg, run)
+            due = state.step == cfg.steps or (cfg.eval_every and state.step % cfg.eval_every == 0)
+            state.val_loss = None
+            if due and val_batches:
+                measured = _prefixed(evaluate(loss, val_batches, run))
+                record |= measured
+                state.val_loss = measured["val_loss"]
+                state.best = min(state.best if state.best is not None else math.inf, state.val_loss)
+            last = record
+            if due or state.step % cfg.log_every == 0:
+                log.write(record)
+            if state.step == cfg.steps or (cfg.save_every and state.step % cfg.save_every == 0):
+                save_checkpoint(gpt, optimizer, state, cfg, run)
+                saved = state.step
+            if due and state.step < cfg.steps:
+                _show(gpt, cfg, run)
+            run.stop_point()
+    except Interrupted as stop:
+        if state.step > saved:
+            save_checkpoint(gpt, optimizer, state, cfg, run)
+        run.say(f"stopped after step {state.step} of {cfg.steps}; run the same command again to go on")
+        raise stop from None
+    finally:
+        run.training = False
+        log.close()
+    if not last and run.main:
+        last = next((r for r in reversed(read_metrics(run.folder)) if r["step"] == state.step), {})
+    return last
+
+
+def _prefixed(metrics: dict) -> dict:
+    return {f"val_{key}": value for key, value in metrics.items()}
+
+
+def _show(gpt, cfg: Settings, run: Run) -> None:
+    whole = whole_model(gpt, cfg, run)
+    if run.main and cfg.prompts:
+        for talk in converse(whole, cfg.prompts, cfg.reply_tokens):
+            run.say("\n" + data.transcript(talk))
+
+
+def _step_with_memory(loss, gpt, optimizer, train_batches, state: State, cfg: Settings, run: Run) -> dict:
+    """One step; if memory runs out in the first ones, again with half the micro-batch budget and the same gradient."""
+    while True:
+        try:
+            return _step(loss, gpt, optimizer, train_batches(state.step, state.budget), state, cfg, run)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            optimizer.zero_grad(set_to_none=True)
+            if state.step < 3 and run.world == 1 and state.budget > 128:
+                state.budget //= 2
+                run.say(f"out of memory: going on with micro-batches of {state.budget} tokens, for the same gradient")
+                continue
+            if run.world == 1 and state.step:
+                save_checkpoint(gpt, optimizer, state, cfg, run)
+            raise MemoryError(
+                f"out of memory in step {state.step + 1} with micro-batches of {state.budget} tokens.\n"
+                "If another program took it, run the same command again: it goes on from the last checkpoint.\n"
+                f"Else start anew: --micro-batch-tokens {state.budget // 2}, --recompute, --lora-rank 8 or --model."
+            ) from None
+
+
+def _step(loss, gpt, optimizer, batches: list[data.Batch], state: State, cfg: Settings, run: Run) -> dict:
+    """Forward and backward over the step's micro-batches, one division, one update; returns what to log."""
+    began = time.perf_counter()
+    lr = learning_rate(state.step, cfg)
+    sums, params = Sums(), [p for p in gpt.parameters() if p.requires_grad]
+    for i, batch in enumerate(batches):
+        torch.manual_seed(seed_at(cfg.seed, state.step, i, run.rank))
+        with synchronised(loss, last=i == len(batches) - 1):
+            with run.autocast():
+                total, count, metrics = loss(to_device(batch, run.device))
+            total.backward()
+        sums.add(total, count, metrics | {"positions": torch.tensor(float(len(batch.tokens)))})
+        if i < len(batches) - 1:
+            try:
+                run.stop_point(together=False)
+            except Interrupted:
+                optimizer.zero_grad(set_to_none=True)
+                raise
+    totals = sums.total(run)
+    averaged = run.world if isinstance(loss, torch.nn.parallel.DistributedDataParallel) else 1  # DDP took the mean
+    for p in params:
+        if p.grad is not None:
+            p.grad.mul_(averaged / max(totals["count"], 1.0))
+    norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
+        rows = sorted({int(r) for batch in batches for r in batch.rows})
+        raise FloatingPointError(
+            f"step {state.step + 1}: loss {totals['loss'] / max(totals['count'], 1):g}, gradient norm {norm:g}, "
+            f"rate {lr:.2e}; rows {', '.join(map(str, rows[:12]))}{' ...' if len(rows) > 12 else ''}.\n"
+            "The step was not taken and nothing of it was saved.\n"
+            f"Try a lower rate: --lr {cfg.lr / 3:.1e} --overwrite\n"
+            f"or look at the data: uv run data.py {' '.join(cfg.data)}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.tokens += int(totals["positions"])
+    seconds = time.perf_counter() - began
+    # padding is 0 by construction: rows lie end to end
+    return {"step": state.step, "lr": lr, "grad_norm": norm, "tokens": state.tokens,
+            "tokens_per_second": totals["positions"] / seconds, "padding": 0.0,
+            f"{cfg.row_name}_per_second": cfg.batch_size / seconds,
+            "peak_memory_bytes": peak_memory(run.device), **means(totals)}
+
+
+# ---- before and after ----------------------------------------------------------------------------
+
+
+def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
+    """Claim the folder, say what is about to happen and answer the prompts; False if the run is finished already."""
+    from rich.table import Table
+
+    if not rows.train:
+        raise ValueError(f"--data {' '.join(cfg.data)}: no row is left to train on.\n"
+                         f"See what was dropped and why: uv run data.py {' '.join(cfg.data)}")
+    learning = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
+    report = rows.report_json()
+    old = open_folder(run, {"data": {"sha256": rows.fingerprint, **report}, "trainable": learning})
+    if old.get("finished"):
+        run.say(f"{run.folder} is finished. Talk to it: uv run chat.py --model {run.folder}; start anew: --overwrite")
+        return False
+    about = run.about["model"]
+    need, free = memory_estimate(gpt, cfg, run), memory_free(run.device)
+    dropped = ", ".join(f"{n:,} {why}" for why, n in report["dropped"].items())
+    facts = {
+        "model": f"{about['name']}: {about['parameters']:,} parameters, {learning:,} trained",
+        "data": f"{' '.join(cfg.data)}: {len(rows.train):,} {cfg.row_name} to train on, {len(rows.val):,} to validate"
+                + (f"; dropped: {dropped}" if dropped else ""),
+        "steps": f"{cfg.steps:,} of {cfg.batch_size} {cfg.row_name}, "
+                 f"{cfg.steps * cfg.batch_size / len(rows.train):.2g} times the data",
+        "device": f"{run.device.type}, {str(run.dtype).removeprefix('torch.')}, {run.world} "
+                  f"{'process' if run.world == 1 else 'processes'}",
+        "memory": f"about {need / 1e9:.1f} GB at the peak, {free / 1e9:.1f} GB free",
+        "folder": str(run.folder),
+    }
+    if run.main:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in facts.items():
+            table.add_row(name, value)
+        changed = {k: v for k, v in asdict(cfg).items() if v != getattr(type(cfg)(), k)}
+        table.add_row("settings", ", ".join(f"{k}={v}" for k, v in changed.items()) or "the defaults")
+        run.console.print(table)
+        if free and need > free:
+            run.say(f"This will hardly fit. Try --micro-batch-tokens {max(cfg.context, cfg.micro_batch_tokens // 2)}, "
+                    "--recompute, --lora-rank 8, or a smaller --model.")
+    if "before" not in run.about:
+        found = assess(gpt, cfg, run)
+        run.about["before"] = found
+        if run.main:
+            write_file(run.folder / "run.json", json.dumps(run.about, indent=1))
+    return True
+
+
+def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command: str) -> dict:
+    """Export the model, answer the prompts again, draw the curves, and name the next command."""
+    after = assess(gpt, cfg, run)
+    export(gpt, cfg, run)
+    if not run.main:
+        return metrics
+    plot_curves([run.folder], run.folder / "curves.png")
+    before = run.about["before"]
+    write_file(run.folder / "samples.md", _samples(run, before, after))
+    final = {k: v for k, v in metrics.items() if k != "step"}
+    run.about |= {"after": after, "metrics": final, "finished": True,
+                  "seconds": round(time.perf_counter() - run.started, 1)}
+    write_file(run.folder / "run.json", json.dumps(run.about, indent=1))
+    for talk in after["replies"]:
+        run.say("\n" + data.transcript(talk))
+    if "checks" in after:
+        run.console.print(checks_table(before.get("checks", {}), after["checks"]))
+    shown = [f"{key} {final[key]:.4g}" for key in ("val_loss", "val_reward_accuracy", "loss") if key in final]
+    run.say(f"\n{run.folder}: {', '.join(shown)} after {run.about['seconds']:.0f} s; see its curves.png, samples.md")
+    run.say(f"next: {next_command}")
+    return metrics
+
+
+def _samples(run: Run, before: dict, after: dict) -> str:
+    parts = [f"# {run.folder}: the same prompts before and after {run.stage}\n"]
+    for title, found in (("Before", before), ("After", after)):
+        parts.append(f"## {title}\n")
+        parts += [f"```\n{data.transcript(talk)}\n```\n" for talk in found["replies"]]
+        if "checks" in found:
+            parts += ["| checks | questions | correct | facts per reply | end by themselves | words |",
+                      "|---|---|---|---|---|---|"]
+            parts += [f"| {group} | {s['n']} | {s['correct']:.1%} | {s['facts']:.2f} | {s['ended']:.1%} "
+                      f"| {s['words']:.1f} |" for group, s in found["checks"].items()]
+            parts.append("")
+    return "\n".join(parts)
+
+
+# ---- comparing runs ------------------------------------------------------------------------------
+
+
+@dataclass
+class Compare:
+    """Compare finished runs in one table and one picture."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ("runs/sft", "runs/dpo")  # run folders
+    out: str = "runs/compare.png"  # where the picture goes
+    debug: bool = False  # show the traceback of an error
+
+
+def compare(cfg: Compare) -> None:
+    from rich.table import Table
+
+    table = Table()
+    for column in ("run", "steps", "loss", "val loss", "reward accuracy", "checks correct", "facts per reply", "tok/s",
+                   "peak GB"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for folder in map(Path, cfg.runs):
+        records = read_metrics(folder)
+        about = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").is_file() else {}
+        newest = {k: v for record in records for k, v in record.items()}
+        scores = about.get("after", {}).get("checks", {}).get("all", {})
+        cells = [("step", "{:,}"), ("loss", "{:.4f}"), ("val_loss", "{:.4f}"), ("val_reward_accuracy", "{:.1%}")]
+        table.add_row(str(folder), *(form.format(newest[key]) if key in newest else "-" for key, form in cells),
+                      f"{scores['correct']:.1%}" if scores else "-", f"{scores['facts']:.2f}" if scores else "-",
+                      f"{newest.get('tokens_per_second', 0):,.0f}", f"{newest.get('peak_memory_bytes', 0) / 1e9:.2f}")
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    plot_curves([Path(f) for f in cfg.runs], Path(cfg.out))
+    console = Console()
+    console.print(table)
+    console.print(f"picture: {cfg.out}", markup=False)
+
+
+if __name__ == "__main__":
+    run_script(compare, Compare)
