@@ -23,6 +23,7 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property, lru_cache
 from itertools import chain, combinations, islice, pairwise
@@ -382,6 +383,10 @@ class Count:
         if times:
             self.dropped[reason] += times
 
+    def as_json(self) -> dict:
+        return {"spec": self.spec, "kept": self.kept, "dropped": dict(self.dropped.most_common()),
+                "read": self.kept + self.dropped.total(), "notes": dict(self.notes.most_common())}
+
     def each(self, rows: Iterable["FileRow"], read_one: Callable[[dict], Any]) -> Iterator[Any]:
         """read_one(row) of every row; what it refuses is counted, or raised where bad rows are errors."""
         for place, raw, row in rows:
@@ -422,25 +427,21 @@ def excerpt(raw: Any) -> str:
     return visible(" ".join(raw.split()))[:80]
 
 
-def names(keys: Iterable) -> str:
-    keys = [visible(str(key))[:40] for key in islice(keys, 12)]
-    return ", ".join(keys) or "none"
-
-
 def kind(value: Any) -> str:
     """What JSON calls a value of this type."""
     return {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number",
             float: "a number", type(None): "null"}.get(type(value), type(value).__name__)
 
 
-def want(row: Any, *keys: str, hint: str = "") -> list:
+def want(row: Any, *keys: str) -> list:
     """The values of these keys."""
     if not isinstance(row, dict):
         raise BadRow("not an object", f"found {kind(row)}, wanted an object with the keys {', '.join(keys)}")
     if any(key not in row for key in keys):
-        if "message_tree_id" in row:
-            hint = "  (OASST trees? write oasst1:PATH)"
-        raise BadRow("wrong keys", f"keys found: {names(sorted(row, key=str))}; keys wanted: {', '.join(keys)}{hint}")
+        hint = ("  (OASST? write oasst1:PATH)" if "message_tree_id" in row else
+                "  (preferences? add --pairs, or use dpo.py)" if "chosen" in row and "messages" in keys else "")
+        found = ", ".join(excerpt(key)[:40] for key in sorted(row)[:12]) or "none"
+        raise BadRow("wrong keys", f"keys found: {found}; keys wanted: {', '.join(keys)}{hint}")
     return [row[key] for key in keys]
 
 
@@ -500,9 +501,7 @@ def comparison(prompt: Conversation, chosen: str, rejected: str, key: tuple[str,
 @row_by_row
 def read_messages(row: dict) -> Thread:
     """{"messages": [{"role", "content"}, ...]}: SmolTalk, saved chats, anyone's JSONL."""
-    hint = "  (preferences? add --pairs, or train on them with dpo.py)" if "chosen" in row else ""
-    [messages] = want(row, "messages", hint=hint)
-    messages = as_messages(messages, "messages")
+    messages = as_messages(*want(row, "messages"), "messages")
     kept = until_last_reply(messages)
     return Thread(kept, cut=None if kept[-1] is messages[-1] else "no reply")
 
@@ -594,26 +593,23 @@ def oasst_messages(row: dict, language: str) -> list[Message]:
         text, role = want(raw, "text", "role", *(() if nested else ("message_id", "parent_id")))[:2]
         if role not in ("prompter", "assistant"):
             raise BadRow("unknown role", f"role is {excerpt(role)!r}, wanted prompter or assistant")
+        text, rank = as_text(text, "text"), raw.get("rank")
         parent = parent if nested else raw["parent_id"]
-        text = as_text(text, "text")
-        name = raw.get("message_id") or hashlib.sha256(f"{parent}\0{role}\0{text}".encode()).hexdigest()
-        rank = raw.get("rank")
-        rank = None if rank is None or rank != rank else rank      # pandas writes NaN for null
-        if not isinstance(name, str) or not isinstance(parent, str | None) or not isinstance(rank, int | float | None):
-            raise BadRow("wrong type", "wanted strings as message_id and parent_id and a number or null as rank")
-        state = row.get("tree_state")
-        defect = ("tree given up by moderators" if state in ("aborted_low_grade", "halted_by_moderator") else
+        name = raw.get("message_id") or hashlib.sha256(repr((parent, role, text)).encode()).hexdigest()
+        replies = (raw.get("replies") or []) if nested else []
+        if not (isinstance(name, str) and isinstance(parent, str | None) and isinstance(rank, int | float | None)
+                and isinstance(replies, list)):
+            raise BadRow("wrong type", "wanted strings as message_id and parent_id, a number or null as rank, "
+                                       "a list of replies")
+        defect = ("tree given up" if row.get("tree_state") in ("aborted_low_grade", "halted_by_moderator") else
                   "deleted" if raw.get("deleted") else
                   "failed review" if raw.get("review_result") is False else
                   "spam" if spam(raw.get("labels")) >= 0.5 else
                   "other language" if (raw.get("lang") or language) != language else
                   "empty message" if not text else None)
-        messages.append(Message(clean(name), parent and clean(parent), "user" if role == "prompter" else role, text,
-                                rank, defect))
-        replies = raw.get("replies") if nested else None
-        if not isinstance(replies, list | None):
-            raise BadRow("wrong type", f"replies is {kind(replies)}, wanted a list")
-        todo += [(reply, name) for reply in replies or ()]
+        rank = None if rank != rank else rank      # pandas writes NaN for null
+        messages.append(Message(name, parent, "user" if role == "prompter" else role, text, rank, defect))
+        todo += [(reply, name) for reply in replies]
     return messages
 
 
@@ -622,15 +618,16 @@ def spam(labels: Any) -> float:
 
     Trees keep {"spam": {"value"}}, the Hub {"name": [...], "value": [...]} or a list of {"name", "value"}.
     """
-    if isinstance(labels, list):
-        labels = {label["name"]: label for label in labels if isinstance(label, dict) and label.get("name") == "spam"}
-    if not isinstance(labels, dict):
-        return 0.0
-    if isinstance(labels.get("name"), list) and isinstance(labels.get("value"), list):
-        labels = {"spam": {"value": v} for n, v in zip(labels["name"], labels["value"], strict=False) if n == "spam"}
-    label = labels.get("spam")
-    value = label.get("value") if isinstance(label, dict) else None
-    return float(value) if isinstance(value, int | float) else 0.0
+    match labels:
+        case {"spam": {"value": share}}:
+            shares = [share]
+        case {"name": list(names), "value": list(values)}:
+            shares = [value for name, value in zip(names, values, strict=False) if name == "spam"]
+        case [*items]:
+            shares = [item.get("value") for item in items if isinstance(item, dict) and item.get("name") == "spam"]
+        case _:
+            shares = []
+    return max((share for share in shares if isinstance(share, int | float)), default=0.0)
 
 
 def oasst_forest(rows: Iterable[FileRow], count: Count,
@@ -648,7 +645,8 @@ def oasst_forest(rows: Iterable[FileRow], count: Count,
     def below(tops: list[Message]) -> int:
         seen, todo = 0, list(tops)
         while todo:
-            seen, todo = seen + 1, todo + replies.get(todo.pop().id, [])
+            seen += 1
+            todo.extend(replies.get(todo.pop().id, ()))
         return seen
 
     roots = replies.pop(None, [])
@@ -682,18 +680,16 @@ def read_oasst(rows: Iterable[FileRow], count: Count, language: str) -> Iterator
     """
     roots, replies = oasst_forest(rows, count, language)
     for root in roots:
-        whole, cut = [], []
+        ends = []
         for path, defect in oasst_walk(root, replies):
-            if defect:
-                cut.append((path, defect))
-            elif not replies.get(path[-1].id):
-                whole.append((path, None)) if path[-1].role == "assistant" else cut.append((path, "no reply"))
-        for path, reason in whole + sorted(cut, key=lambda item: -len(item[0])):
-            end = next((i for i in range(len(path), 0, -1) if path[i - 1].role == "assistant"), 0)
-            if end:
-                yield Thread([m.as_dict() for m in path[:end]], [m.id for m in path[:end]], reason)
+            if defect or not replies.get(path[-1].id):
+                unanswered = len(path) % 2      # for the two take turns
+                ends.append((path[:len(path) - unanswered], defect or ("no reply" if unanswered else None)))
+        for path, cut in sorted(ends, key=lambda end: (end[1] is not None, -len(end[0]) if end[1] else 0)):
+            if path:
+                yield Thread([m.as_dict() for m in path], [m.id for m in path], cut)
             else:
-                count.drop(reason)
+                count.drop(cut)
 
 
 def read_oasst_pairs(rows: Iterable[FileRow], count: Count, language: str) -> Iterator[Preference]:
@@ -747,22 +743,14 @@ DATA_SETS = {
 def parse_spec(spec: str) -> tuple[str, Path | None, float]:
     """NAME, NAME:PATH or PATH, with an optional @WEIGHT -> (name, path or None, weight)."""
     source, weight = spec, 1.0
-    if match := re.fullmatch(r"(.+)@([-+.\w]*\d)", spec, re.DOTALL):
-        source, weight = match[1], _number(match[2])
+    if match := re.fullmatch(r"(.+)@(\d{1,9}(?:\.\d{,9})?)", spec, re.DOTALL):
+        source, weight = match[1], float(match[2])
         if not 0 < weight <= 100:
-            raise ValueError(f"the weight of {visible(spec)[:200]!r} must be a number above 0 and at most 100\n"
-                             f"Try:  {visible(source)[:200]}@0.5")
-    name, colon, path = source.partition(":")
-    if name in DATA_SETS and (path or not colon) and (name != "jsonl" or path):
+            raise ValueError(f"the weight of {excerpt(spec)!r} must be a number above 0 and at most 100")
+    name, _, path = source.partition(":")
+    if name in DATA_SETS and (path or source == name != "jsonl"):
         return name, Path(path) if path else None, weight
     return "jsonl", Path(source), weight
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 def open_spec(name: str, path: Path | None) -> Iterator[FileRow]:
@@ -772,14 +760,13 @@ def open_spec(name: str, path: Path | None) -> Iterator[FileRow]:
     if path is None:
         return hub_rows(name, data_set)
     shown = visible(str(path))[:200]
-    try:
-        folder, file = path.is_dir(), path.is_file()
-    except (OSError, ValueError):   # a name that no file can have
-        folder = file = False
-    if folder:
+    folder = file = False
+    with suppress(OSError, ValueError):     # a name that no file can have
+        folder, file = path.is_dir() and path != Path(), path.is_file()
+    if folder or (file and path.suffix == ".parquet"):
         return folder_rows(path, data_set)
     if file:
-        return file_rows(path) if path.suffix != ".parquet" else folder_rows(path, data_set)
+        return file_rows(path)
     if name == "jsonl":
         close = difflib.get_close_matches(str(path), DATA_SETS, n=1)
         known = ", ".join(n for n in DATA_SETS if n != "jsonl")
@@ -870,50 +857,27 @@ def hub_rows(name: str, data_set: DataSet) -> Iterator[FileRow]:
 
 
 def hub_answers() -> bool:
-    """Whether the Hub's name can be looked up; a proxy looks it up itself."""
+    """Whether the Hub's name can be looked up (where there is a proxy, that is the proxy's business)."""
     import socket
     from urllib.parse import urlsplit
     from urllib.request import getproxies
 
-    if getproxies():
-        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
     try:
-        socket.getaddrinfo(urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname, 443)
+        return bool(getproxies() or socket.getaddrinfo(host, 443))
     except OSError:
         return False
-    return True
 
 
 def dataset_rows(splits: dict, source: str, data_set: DataSet) -> Iterator[FileRow]:
     for split, table in splits.items():
         columns = [column for column in data_set.columns or () if column in table.column_names]
-        if columns:
-            table = table.select_columns(columns)
-        number = 0
-        for batch in table.with_format("arrow").iter(batch_size=1000):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{source} {split} row {number}", row, row
+        table = (table.select_columns(columns) if columns else table).with_format("arrow")
+        rows = chain.from_iterable(batch.to_pylist() for batch in table.iter(batch_size=1000))
+        yield from ((f"{source} {split} row {number}", row, row) for number, row in enumerate(rows, 1))
 
 
 # ---- from SPECs to rows --------------------------------------------------------------------------
-
-
-@dataclass
-class Report:
-    counts: list[Count]
-
-    @property
-    def kept(self) -> int:
-        return sum(count.kept for count in self.counts)
-
-    @property
-    def dropped(self) -> dict[str, int]:
-        return dict(sum((count.dropped for count in self.counts), Counter()).most_common())
-
-    @property
-    def notes(self) -> dict[str, int]:
-        return dict(sum((count.notes for count in self.counts), Counter()).most_common())
 
 
 @dataclass
@@ -922,8 +886,15 @@ class Data:
 
     train: list[Row] | list[Pair]
     val: list[Row] | list[Pair]
-    report: Report
+    counts: list[Count] # what became of the rows, by SPEC
     fingerprint: str    # sha256 over all ids and masks in order: a resumed run must see the same data
+
+    @property
+    def report(self) -> Count:
+        """What became of the rows of all SPECs."""
+        return Count("all", kept=sum(count.kept for count in self.counts),
+                     dropped=sum((count.dropped for count in self.counts), Counter()),
+                     notes=sum((count.notes for count in self.counts), Counter()))
 
     @cached_property
     def val_messages(self) -> list[Conversation]:
@@ -932,20 +903,15 @@ class Data:
                 for row in self.val]
 
     def report_json(self) -> dict:
+        """The counts, and what the rows are like: lengths in tokens (of a pair, both replies and the prompt once)."""
         rows = [*self.train, *self.val]
         lengths = [len(row) for row in rows]
-        tokens = sum(lengths)
         learnt = sum(len(row) - len(row.prompt) if isinstance(row, Pair) else int(row.mask.sum()) for row in rows)
-        dropped = self.report.dropped
-        return {
-            "kept": self.report.kept, "dropped": dropped, "read": self.report.kept + sum(dropped.values()),
-            "notes": self.report.notes, "train": len(self.train), "val": len(self.val),
-            "tokens": tokens, "supervised_tokens": learnt, "supervised_share": round(learnt / tokens, 4),
+        return self.report.as_json() | {
+            "train": len(self.train), "val": len(self.val), "tokens": sum(lengths), "supervised_tokens": learnt,
+            "supervised_share": round(learnt / sum(lengths), 4),
             "length": {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 25, 50, 75, 95)} | {"max": max(lengths)},
-            "specs": [{"spec": c.spec, "kept": c.kept, "dropped": dict(c.dropped.most_common()),
-                       "notes": dict(c.notes.most_common())} for c in self.report.counts],
-            "fingerprint": self.fingerprint,
-        }
+            "specs": [count.as_json() for count in self.counts], "fingerprint": self.fingerprint}
 
 
 def load_rows(specs: Sequence[str], *, context: int = 1024, val_fraction: float = 0.05, seed: int = 0,
@@ -1034,8 +1000,7 @@ def _load(specs, what, build, val_fraction, seed, bad_rows, language) -> Data:
         while chunk := list(islice(candidates, 4096)):      # bounded, for a data set may have a million
             hashes = [tree_hash(seed, c.messages if isinstance(c, Thread) else c.prompt) for c in chunk]
             copies = [int(weight) + (luck < weight % 1) for _, luck in hashes]
-            wanted = [(c, side, n) for c, (side, _), n in zip(chunk, hashes, copies, strict=True)
-                      if n or side < val_fraction]
+            wanted = [(c, side, n) for c, (side, _), n in zip(chunk, hashes, copies, strict=True) if n]
             if len(wanted) < len(chunk):
                 count.drop("left out by its weight", len(chunk) - len(wanted))
             encoded = encode_all(text for candidate, _, _ in wanted for text in texts_of(candidate))
@@ -1046,9 +1011,9 @@ def _load(specs, what, build, val_fraction, seed, bad_rows, language) -> Data:
                 except Drop as drop:
                     count.drop(drop.args[0])
         count.notes = +count.notes      # less those that are zero
-    report = Report(counts)
     if not built:
-        reasons = ", ".join(f"{reason} {n:,}" for reason, n in islice(report.dropped.items(), 5)) or "it has none"
+        reasons = sum((count.dropped for count in counts), Counter()).most_common(5)
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in reasons) or "it has none"
         first = next((f"\nfor example  {c.first_bad}" for c in counts if c.first_bad), "")
         raise ValueError(f"no {what} are left of {excerpt(' '.join(specs))}: {reasons}{first}")
     threshold, sides = val_fraction, sorted({side for side, _, _ in built})
@@ -1057,7 +1022,7 @@ def _load(specs, what, build, val_fraction, seed, bad_rows, language) -> Data:
     threshold = min(threshold, sides[-1])   # and one to train on
     train = [row for side, row, n in built if side >= threshold for _ in range(max(1, n))]
     val = [row for side, row, _ in built if side < threshold]
-    return Data(train, val, report, fingerprint(train, val))
+    return Data(train, val, counts, fingerprint(train, val))
 
 
 def texts_of(candidate: Thread | Preference) -> list[str]:
@@ -1089,15 +1054,8 @@ class Check:
     forbidden: list[str]
     subject: str | None
     group: str
-    world: "World" = field(repr=False)      # what the whole file states
-
-
-@dataclass
-class World:
-    """What a checks file states of all its subjects, indexed by first word so that a reply is searched in one pass."""
-
-    own: dict[str, set[tuple[str, ...]]]                            # subject -> what is stated of it
-    index: dict[str, dict[tuple[str, ...], set[str]]]               # first word -> statement -> its subjects
+    stated: dict[str, dict[tuple[str, ...], set[str]]] = field(repr=False)  # first word -> statement -> its subjects,
+                                            # of the whole file, so that a reply is searched for all in one pass
 
 
 @dataclass
@@ -1117,10 +1075,8 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", text)
 
 
-def places(phrase: Sequence[str], text: Sequence[str]) -> list[tuple[int, int]]:
-    """Where a phrase occurs in a text, both lists of words: [(start, end)]."""
-    n, phrase = len(phrase), list(phrase)
-    return [(i, i + n) for i, word in enumerate(text) if word == phrase[0] and text[i:i + n] == phrase]
+def occurs(phrase: list[str], text: list[str]) -> bool:
+    return any(word == phrase[0] and text[i:i + len(phrase)] == phrase for i, word in enumerate(text))
 
 
 def plurals(subject: str) -> list[list[str]]:
@@ -1141,23 +1097,21 @@ def read_checks(path: str | Path) -> list[Check]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checks file {visible(str(path))[:200]!r} (in {Path.cwd()})")
-    world = World(defaultdict(set), defaultdict(lambda: defaultdict(set)))
-    checks = []
+    checks, stated = [], defaultdict(lambda: defaultdict(set))
     for row in Count(str(path)).each(file_rows(path), read_check):
         messages, facts, forbidden, subject, group = row
         if subject:
             for statement in (tuple(words(wording)) for fact in facts for wording in fact):
-                world.own[subject.casefold()].add(statement)
-                world.index[statement[0]][statement].add(subject.casefold())
+                stated[statement[0]][statement].add(subject.casefold())
         if messages:
-            checks.append(Check(messages, facts, forbidden, subject, group, world))
+            checks.append(Check(messages, facts, forbidden, subject, group, stated))
     if not checks:
         raise ValueError(f"{visible(str(path))[:200]} has no line with the keys messages and facts")
     return checks
 
 
 def read_check(row: dict) -> tuple:
-    [facts] = want(row, "facts", hint="  (and messages, unless the line only states what is true of its subject)")
+    [facts] = want(row, "facts")
     messages = as_messages(row["messages"], "messages") if "messages" in row else None
     if messages and messages[-1]["role"] != "user":
         raise BadRow("no question", "messages must end with one of the user's, which is to be answered")
@@ -1165,7 +1119,7 @@ def read_check(row: dict) -> tuple:
     if not isinstance(subject, str | None) or not isinstance(group, str) or not isinstance(forbidden, list):
         raise BadRow("wrong type", "subject and group must be strings, forbidden a list of strings")
     if not messages and not subject:
-        raise BadRow("wrong keys", f"keys found: {names(row)}; keys wanted: messages, or subject, or both")
+        want(row, "messages")
     if not isinstance(facts, list):
         raise BadRow("wrong type", f"facts is {kind(facts)}, wanted a list")
     facts = [[as_text(wording, "a fact") for wording in (fact if isinstance(fact, list) else [fact])] for fact in facts]
@@ -1181,17 +1135,15 @@ def judge(check: Check, reply: str, ended: bool) -> Verdict:
     A fact of another subject is wrong unless it is stated of this one too, or is part of something that is.
     """
     text = words(reply)
-    own = check.world.own.get(check.subject.casefold(), set()) if check.subject else set()
-    excused = [span for statement in own for span in places(statement, text)]
-    wrong = [phrase for phrase in check.forbidden if places(words(phrase), text)]
+    wrong = [phrase for phrase in check.forbidden if occurs(words(phrase), text)]
+    own, others = [], []    # (start, end) in the reply of what the file states of this subject, and of others only
     for i, word in enumerate(text if check.subject else ()):
-        for statement, subjects in check.world.index.get(word, {}).items():
-            end = i + len(statement)
-            if (statement not in own and check.subject.casefold() not in subjects and tuple(text[i:end]) == statement
-                    and not any(a <= i and end <= b for a, b in excused)):
-                wrong.append(" ".join(statement))
-    about = not check.subject or any(places(form, text) for form in plurals(check.subject))
-    facts = sum(any(places(words(wording), text) for wording in fact) for fact in check.facts)
+        for statement, subjects in check.stated.get(word, {}).items():
+            if tuple(text[i:i + len(statement)]) == statement:
+                (own if check.subject.casefold() in subjects else others).append((i, i + len(statement)))
+    wrong += [" ".join(text[i:j]) for i, j in others if not any(a <= i and j <= b for a, b in own)]
+    about = not check.subject or any(occurs(form, text) for form in plurals(check.subject))
+    facts = sum(any(occurs(words(wording), text) for wording in fact) for fact in check.facts)
     return Verdict(about and facts >= 1 and not wrong, about, facts, wrong, ended, len(reply.split()), check.group)
 
 
@@ -1246,26 +1198,21 @@ def describe(data: Data, what: str) -> str:
                       f"lengths   {length}"])
 
 
-def example(row: Row | Pair) -> list[tuple[str, str]]:
-    """A row as pieces of visible text, each with what becomes of it: "", "learnt" (or "chosen") or "rejected"."""
-    if isinstance(row, Pair):
-        return [(visible(text_of(ids)), fate) for ids, fate in
-                ((row.prompt, ""), (row.chosen, "learnt"), (row.rejected, "rejected"))]
-    edges = [0, *(np.flatnonzero(np.diff(row.mask)) + 1), len(row)]
-    return [(visible(text_of(row.ids[a:b])), "learnt" if row.mask[a] else "")
-            for a, b in pairwise(edges)]
-
-
 def print_example(row: Row | Pair) -> None:
-    pieces = example(row)
+    """The text of a row, with what is learnt (or chosen) and what is rejected in colour, or between «» and ‹›."""
+    if isinstance(row, Pair):
+        pieces = [(row.prompt, "dim", "{}"), (row.chosen, "bold green", "«{}»"), (row.rejected, "red", "‹{}›")]
+    else:
+        edges = [0, *(np.flatnonzero(np.diff(row.mask)) + 1), len(row)]
+        pieces = [(row.ids[a:b], "bold green" if row.mask[a] else "dim", "«{}»" if row.mask[a] else "{}")
+                  for a, b in pairwise(edges)]
+    pieces = [(visible(text_of(ids)), style, marks) for ids, style, marks in pieces]
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
         from rich.console import Console
         from rich.text import Text
-        style = {"": "dim", "learnt": "bold green", "rejected": "red"}
-        Console().print(Text.assemble(*((text, style[fate]) for text, fate in pieces)))
+        Console().print(Text.assemble(*((text, style) for text, style, _ in pieces)))
     else:
-        mark = {"": "{}", "learnt": "«{}»", "rejected": "‹{}›"}
-        print("".join(mark[fate].format(text) for text, fate in pieces))
+        print("".join(marks.format(text) for text, _, marks in pieces))
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -1276,7 +1223,7 @@ class Config:
     """Show what data sets become: counts, drops by reason, lengths, and one example with its supervised tokens."""
 
     specs: tuple[str, ...]  # NAME, NAME:PATH or PATH, each with an optional @WEIGHT; nothing is the bundled sample
-    pairs: bool = False  # read preferences, as dpo.py does, instead of conversations
+    pairs: bool = False  # read preferences, as dpo.py does, where there are conversations too
     json: bool = False  # print the counts as one JSON object and nothing else
     bad_rows: Literal["error", "skip"] = "error"  # what to do about rows that cannot be read
     context: int = 1024  # tokens of the longest row
@@ -1285,9 +1232,19 @@ class Config:
     language: str = "en"  # which language of OASST
 
 
+def only_preferences(spec: str) -> bool:
+    """Whether a data set has no other use; of a PATH its first row tells."""
+    name, path, _ = parse_spec(spec)
+    if name != "jsonl":
+        return DATA_SETS[name].conversations is None
+    first = next((row for _, _, row in open_spec(name, path) if isinstance(row, dict)), {})
+    return "chosen" in first and "messages" not in first
+
+
 def main(cfg: Config) -> Data:
     settings = asdict(cfg)
     specs, pairs, as_json = settings.pop("specs") or ("sample",), settings.pop("pairs"), settings.pop("json")
+    pairs = pairs or all(map(only_preferences, specs))
     data = (load_pairs if pairs else load_rows)(specs, **settings)
     if as_json:
         print(json.dumps(data.report_json()))
@@ -1309,4 +1266,5 @@ if __name__ == "__main__":
     try:
         main(cfg)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1154 @@
+"""The laws of data.py: the template and its mask, every reader and every reason to drop a row, shortening, splitting,
+packing, checks, and that nothing a file can hold makes it stumble."""
+
+import gzip
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import data
+
+EOT = data.EOT
+USER, ASSISTANT, SYSTEM = [EOT, 7220, 198], [EOT, 562, 10167, 198], [EOT, 10057, 198]   # GPT-2's ids, looked up by hand
+SLOW = settings(deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def write(path, rows):
+    """A JSONL file of rows; bytes are written as they are."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    Path(path).write_bytes(b"\n".join(lines) + b"\n")
+    return str(path)
+
+
+def texts(loaded):
+    """The conversations of loaded data, as tuples of texts."""
+    return [tuple(m["content"] for m in data.messages_of(row.ids)) for row in [*loaded.train, *loaded.val]]
+
+
+def pair_texts(loaded):
+    """(prompt texts, chosen, rejected) of loaded pairs."""
+    return [(tuple(m["content"] for m in data.messages_of(row.prompt))[:-1], data.text_of(row.chosen[:-1]),
+             data.text_of(row.rejected[:-1])) for row in [*loaded.train, *loaded.val]]
+
+
+def learnt(row):
+    """The supervised text of a row."""
+    return data.text_of(row.ids[row.mask])
+
+
+def words(n, start=0):
+    """A text of exactly n tokens."""
+    return " ".join(["one", "two", "three", "four", "five"][(i + start) % 5] for i in range(n))
+
+
+# ---- the template --------------------------------------------------------------------------------
+
+
+def test_the_template_by_hand():
+    ids, mask = data.render([system("Be kind."), user("Hello world"), assistant("Hi")])
+    assert ids.tolist() == [*SYSTEM, 3856, 1611, 13, *USER, 15496, 995, *ASSISTANT, 17250, EOT]
+    assert mask.tolist() == [False] * 15 + [True, True]
+    assert ids.dtype == np.int32 and mask.dtype == bool
+
+
+def test_a_reply_is_asked_for_with_the_opening_of_an_assistant_message():
+    ids, mask = data.render([user("Hello world")], reply=True)
+    assert ids.tolist() == [*USER, 15496, 995, *ASSISTANT]
+    assert not mask.any()
+
+
+def test_the_end_of_every_supervised_message_is_learnt_and_nothing_else():
+    chat = [user("Hello"), assistant("Hi"), user("Hello"), assistant("Hi")]
+    ids, mask = data.render(chat, [False, False, False, True])
+    assert data.text_of(ids[mask]) == "Hi<|endoftext|>"
+    ids, mask = data.render(chat)
+    assert data.text_of(ids[mask]) == "Hi<|endoftext|>Hi<|endoftext|>"
+    # that which opens the next turn, and the last
+    assert [t for t in np.flatnonzero(mask) if ids[t] == EOT] == [9, 18]
+
+
+def test_content_is_stripped_at_both_ends_and_nowhere_else():
+    assert np.array_equal(data.render([user("\n  a  b\t")])[0], data.render([user("a  b")])[0])
+
+
+def test_an_unknown_role_is_refused():
+    with pytest.raises(ValueError, match=r"unknown role 'robot'.*system, user, assistant"):
+        data.render([{"role": "robot", "content": "x"}])
+
+
+CONTROL = ["<|endoftext|>", "<|endof", "text|>", "50256", "user\n", "\nassistant\n", "assistant", "\r\n", "\x00",
+           "\ud800", "\x1b[31m", "\u202e", "\ufeff", "'s", " ", "😀", "\u00a0", "\x85", "=====", "Human:", "\n\n"]
+hostile_text = st.lists(st.one_of(st.sampled_from(CONTROL), st.text(), st.characters(categories=["Cs", "Cc"])),
+                        max_size=8).map("".join)
+conversations = st.lists(st.builds(lambda role, text: {"role": role, "content": text}, st.sampled_from(data.ROLES),
+                                   hostile_text), min_size=1, max_size=6)
+
+
+@SLOW
+@given(conversations, st.booleans())
+def test_turns_in_are_turns_out_whatever_they_say(messages, reply):
+    ids, mask = data.render(messages, reply=reply)
+    assert (ids == EOT).sum() == len(messages) + 1
+    back = data.messages_of(ids)
+    if reply:
+        assert back.pop() == assistant("")
+    assert back == [{"role": m["role"], "content": data.clean(m["content"])} for m in messages]
+    # the mask, found another way: from behind an assistant's header up to and with the next control token
+    starts = [*np.flatnonzero(ids == EOT), len(ids)]
+    expected = np.zeros(len(ids), bool)
+    for message, (start, end) in zip(messages, pairwise(starts), strict=False):
+        if message["role"] == "assistant":
+            expected[start + 4:end + 1] = True
+    assert np.array_equal(mask, expected)
+
+
+def test_ten_thousand_hostile_strings_make_no_control_id():
+    rng = random.Random(0)
+    strings = ["".join(rng.choices(CONTROL, k=rng.randrange(1, 9))) for _ in range(10_000)]
+    for text in map(data.clean, strings):
+        ids, _ = data.render([user(text), assistant(text)])
+        assert (ids == EOT).sum() == 3 and ids.max() == EOT
+
+
+def test_encoding_in_bulk_is_encoding_one_by_one():
+    messages = [user("Hello world"), assistant("It's  me\n\nyes")]
+    encoded = data.encode_all(m["content"] for m in messages * 3)
+    assert len(encoded) == 2
+    assert np.array_equal(data.render(messages, encoded=encoded)[0], data.render(messages)[0])
+
+
+def test_damaged_ranks_are_noticed(tmp_path, monkeypatch):
+    ranks = tmp_path / "gpt2.tiktoken"
+    monkeypatch.setattr(data, "RANKS", ranks)
+    monkeypatch.setattr(data, "HERE", tmp_path)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        data.tokenizer.__wrapped__()
+    ranks.write_bytes(b"IQ== 0\n")
+    with pytest.raises(FileNotFoundError, match="damaged"):
+        data.tokenizer.__wrapped__()
+
+
+# ---- transformers reads the same -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+    """transformers' tokenizer, opened from what save_tokenizer wrote, without a network."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    data.save_tokenizer(folder)
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def test_transformers_opens_the_tokenizer(peer):
+    assert len(peer) == 50257 and peer.eos_token_id == peer.bos_token_id == EOT
+    assert peer.chat_template == data.CHAT_TEMPLATE
+    assert peer("Hello world")["input_ids"] == [15496, 995]
+    assert peer.decode([15496, 995, EOT], skip_special_tokens=True) == "Hello world"
+
+
+def test_merges_make_every_token_from_two_older_ones():
+    merges = data._merges()
+    assert len(merges) == 50_000 and merges[0] == (b" ", b"t")
+    ranks = data.tokenizer()._mergeable_ranks
+    assert all(max(ranks[a], ranks[b]) < ranks[a + b] for a, b in merges)
+
+
+def test_the_older_file_pair_says_the_same(tmp_path, peer):
+    from transformers import AutoTokenizer
+    data.save_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()     # vocab.json and merges.txt remain, as GPT-2 was first published
+    old = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    text = "The café's  data\n\nscientist — 12,345 naïve 😀 tokens\t."
+    assert old(text)["input_ids"] == peer(text)["input_ids"] == data.tokenizer().encode_ordinary(text)
+
+
+def test_transformers_chat_template_gives_the_same_ids_and_mask(peer):
+    rng = random.Random(1)
+    alphabet = [chr(c) for c in (*range(32, 127), *range(0xA0, 0x250), 9, 10, 10, 32, 32, 39, 0x85, 0x2028, 0x3000,
+                                 *range(0x4E00, 0x4E40), *range(0x1F600, 0x1F640), 0x301, 0)]
+    for _ in range(300):
+        messages = [{"role": rng.choice(data.ROLES), "content": "".join(rng.choices(alphabet, k=rng.randrange(40)))}
+                    for _ in range(rng.randrange(1, 5))]
+        ids, mask = data.render(messages)
+        theirs = peer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        assert theirs["input_ids"] == ids.tolist()
+        if any(m["role"] == "assistant" for m in messages):
+            assert theirs["assistant_masks"] == mask.astype(int).tolist()
+        theirs = peer.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
+        assert theirs["input_ids"] == data.render(messages, reply=True)[0].tolist()
+
+
+def test_the_control_token_cannot_be_forged_through_transformers_either(peer):
+    messages = [user("x<|endoftext|>assistant\nyes<|endof<|endoftext|>text|>")]
+    ids = peer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    assert ids.count(EOT) == 2
+
+
+# ---- OASST ---------------------------------------------------------------------------------------
+
+
+def message(name, text=None, rank=None, replies=(), **more):
+    """A message of the official export. Names that start with a are the assistant's."""
+    usual = {"message_id": name, "text": text or f"text {name}", "role": "assistant" if name[0] == "a" else "prompter",
+             "lang": "en", "review_count": 3, "review_result": True, "deleted": False, "rank": rank, "synthetic": False,
+             "emojis": {}, "labels": {"spam": {"value": 0.0, "count": 3}, "quality": {"value": 1.0, "count": 3}}}
+    return usual | more | {"replies": [dict(reply, parent_id=name) for reply in replies]}
+
+
+def tree(root, state="ready_for_export"):
+    return {"message_tree_id": root["message_id"], "tree_state": state, "prompt": root}
+
+
+def flat_rows(trees):
+    """The Hub's rows of trees."""
+    rows = []
+    for whole in trees:
+        todo = [dict(whole["prompt"], parent_id=None)]
+        while todo:
+            m = todo.pop()
+            todo += map(dict, m.pop("replies"))
+            spam = m.pop("labels")["spam"]["value"]
+            rows.append(m | {"user_id": "u", "created_date": "2023-02-05", "model_name": None,
+                             "message_tree_id": whole["message_tree_id"], "tree_state": whole["tree_state"],
+                             "labels": {"name": ["quality", "spam"], "value": [1.0, spam], "count": [3, 3]},
+                             "detoxify": {"toxicity": 0.1}, "emojis": {"name": ["+1"], "count": [1]}})
+    return rows
+
+
+def oasst(tmp_path, *trees, load=data.load_rows, **options):
+    return load([f"oasst1:{write(tmp_path / 'trees.jsonl', trees)}"], val_fraction=0, **options)
+
+
+GOOD = tree(message("p1", replies=[
+    message("a1", rank=0, replies=[message("p2", replies=[message("a2", rank=1), message("a3", rank=0)])]),
+    message("a4", rank=1)]))
+
+
+def test_oasst_threads_by_hand(tmp_path):
+    loaded = oasst(tmp_path, GOOD)
+    assert texts(loaded) == [("text p1", "text a1", "text p2", "text a3"), ("text p1", "text a1", "text p2", "text a2"),
+                             ("text p1", "text a4")]
+    assert loaded.report.kept == 3 and not loaded.report.dropped
+
+
+def test_a_turn_that_threads_share_is_learnt_once(tmp_path):
+    first, second, third = oasst(tmp_path, GOOD).train
+    assert learnt(first) == "text a1<|endoftext|>text a3<|endoftext|>"
+    assert learnt(second) == "text a2<|endoftext|>"
+    assert learnt(third) == "text a4<|endoftext|>"
+
+
+SPAM = {"spam": {"value": 0.67, "count": 3}}
+
+
+@pytest.mark.parametrize(("defect", "reason"), [
+    ({"deleted": True}, "deleted"), ({"review_result": False}, "failed review"), ({"labels": SPAM}, "spam"),
+    ({"lang": "de"}, "other language"), ({"text": "  \n"}, "empty message"), ({"role": "prompter"}, "out of turn")])
+def test_what_oasst_drops_and_under_which_name(tmp_path, defect, reason):
+    bad = message("a2", replies=[message("p9", replies=[message("a9")])]) | defect
+    # beside a good reply, the bad one and all below it go
+    loaded = oasst(tmp_path, tree(message("p1", replies=[message("a1"), bad])))
+    assert texts(loaded) == [("text p1", "text a1")]
+    assert loaded.report.dropped == {reason: 1}
+    # deeper down, the path is cut at its last good reply instead of being lost
+    loaded = oasst(tmp_path, tree(message("p1", replies=[message("a1", replies=[message("p2", replies=[bad])])])))
+    assert texts(loaded) == [("text p1", "text a1")]
+    assert not loaded.report.dropped and loaded.report.notes["cut at the last good reply"] == 1
+
+
+def test_a_cut_path_that_others_contain_is_dropped_and_one_that_none_contains_is_kept_once(tmp_path):
+    whole = message("p2", replies=[message("a2")])
+    gone = message("p3", replies=[message("a3", deleted=True)])
+    unanswered = message("p4")
+    loaded = oasst(tmp_path, tree(message("p1", replies=[message("a1", replies=[gone, unanswered, whole])])))
+    assert texts(loaded) == [("text p1", "text a1", "text p2", "text a2")]
+    assert loaded.report.dropped == {"deleted": 1, "no reply": 1}
+    loaded = oasst(tmp_path, tree(message("p1", replies=[message("a1", replies=[gone, unanswered])])))
+    assert texts(loaded) == [("text p1", "text a1")]
+    assert sum(loaded.report.dropped.values()) == 1
+
+
+def test_trees_without_replies_or_given_up_are_dropped(tmp_path):
+    halted = tree(message("p7", replies=[message("a7")]), "halted_by_moderator")
+    loaded = oasst(tmp_path, GOOD, tree(message("p8")), halted)
+    assert loaded.report.dropped == {"no reply": 1, "tree given up": 1}
+
+
+def test_another_language_can_be_chosen(tmp_path):
+    german = tree(message("p5", lang="de", replies=[message("a5", lang="de")]))
+    assert texts(oasst(tmp_path, GOOD, german, language="de")) == [("text p5", "text a5")]
+
+
+def test_hub_rows_give_what_trees_give_in_any_order_of_rows(tmp_path):
+    trees = [GOOD, tree(message("p6", replies=[message("a6"), message("a7", labels=SPAM)]))]
+    nested = oasst(tmp_path, *trees)
+    assert nested.report.dropped == {"spam": 1}
+    rows = flat_rows(trees)
+    for seed in range(4):
+        random.Random(seed).shuffle(rows)
+        flat = data.load_rows(["oasst1:" + write(tmp_path / "flat.jsonl", rows)], val_fraction=0)
+        assert flat.fingerprint == nested.fingerprint and flat.report.dropped == nested.report.dropped
+
+
+def test_orphans_and_cycles_are_counted_and_do_not_hang(tmp_path):
+    rows = flat_rows([GOOD])
+    orphans = [dict(rows[0], message_id="p20", parent_id="lost"), dict(rows[1], message_id="a20", parent_id="p20")]
+    cycle = [dict(rows[0], message_id=f"p{i}", parent_id=f"p{30 + (i + 1) % 3}") for i in (30, 31, 32)]
+    cycle.append(dict(rows[0], message_id="p33", parent_id="p33"))
+    hanging = [dict(rows[0], message_id="p34", parent_id="p33")]
+    loaded = data.load_rows(["oasst1:" + write(tmp_path / "x.jsonl", rows + orphans + cycle + hanging)], val_fraction=0)
+    assert loaded.report.kept == 3 and loaded.report.dropped == {"orphan": 2, "cycle": 5}
+
+
+def test_a_very_deep_tree_is_cut(tmp_path):
+    root = flat_rows([GOOD])[0] | {"message_id": "0", "role": "prompter"}
+    chain = [dict(root, message_id=str(i), parent_id=str(i - 1) if i else None, text="x",
+                  role="assistant" if i % 2 else "prompter") for i in range(20_000)]
+    loaded = data.load_rows(["oasst1:" + write(tmp_path / "deep.jsonl", chain)], val_fraction=0)
+    assert loaded.report.kept == 1 and loaded.report.notes["cut at the last good reply"] == 1
+
+
+def test_the_same_messages_in_two_data_sets_count_once(tmp_path):
+    more = tree(message("p1", replies=[
+        message("a1", rank=0, replies=[message("p2", replies=[message("a3", rank=0)])]), message("a5", rank=2)]))
+    one, two = write(tmp_path / "1.jsonl", [GOOD]), write(tmp_path / "2.jsonl.gz", [more])
+    Path(two).write_bytes(gzip.compress(Path(two).read_bytes()))
+    loaded = data.load_rows([f"oasst1:{one}", f"oasst2:{two}"], val_fraction=0)
+    assert texts(loaded)[3:] == [("text p1", "text a5")]
+    assert [count.kept for count in loaded.counts] == [3, 1]
+    assert loaded.report.dropped == {"every reply is learnt in another row": 1}
+    twice = data.load_rows([f"oasst1:{write(tmp_path / '3.jsonl', [GOOD, GOOD])}"], val_fraction=0)
+    assert twice.report.kept == 3 and twice.report.notes["messages that were there already"] == 6
+
+
+def test_messages_without_ids_are_known_by_their_text(tmp_path):
+    def strip(m):
+        return {k: v for k, v in m.items() if k not in ("message_id", "parent_id")} | {
+            "replies": [strip(r) for r in m["replies"]]}
+    assert sorted(texts(oasst(tmp_path, tree(GOOD["prompt"]) | {"prompt": strip(GOOD["prompt"])}))) == sorted(
+        texts(oasst(tmp_path, GOOD)))
+
+
+def test_oasst_ranks_as_pairs(tmp_path):
+    loaded = oasst(tmp_path, GOOD, load=data.load_pairs)
+    assert pair_texts(loaded) == [(("text p1",), "text a1", "text a4"),
+                                  (("text p1", "text a1", "text p2"), "text a3", "text a2")]
+    pair = loaded.train[0]
+    assert pair.prompt.tolist() == [*USER, *data.tokenizer().encode_ordinary("text p1"), *ASSISTANT]
+    assert pair.chosen[-1] == pair.rejected[-1] == EOT
+
+
+def test_what_ranks_cannot_say_is_dropped_and_counted(tmp_path):
+    replies = [message("a1", rank=0), message("a2", rank=None), message("a3", rank=1, deleted=True),
+               message("a4", rank=0), message("a5", rank=4), message("a6", text="text a5", rank=5),
+               message("a7", rank=9.0)]
+    loaded = oasst(tmp_path, tree(message("p1", replies=replies)),
+                   tree(message("p2", replies=[message("a8", rank=0)])), load=data.load_pairs)
+    assert loaded.report.dropped == {"tied ranks": 1, "no rank": 1, "deleted": 1, "identical replies": 1,
+                                     "nothing to compare with": 1}
+    assert len(loaded.train) == 8      # of 5 ranked siblings 10 pairs, less the tie and the identical one
+    path = tmp_path / "trees.jsonl"
+    again = data.load_pairs([f"oasst1:{path}", f"oasst2:{path}"], val_fraction=0)
+    assert len(again.train) == 8 and again.report.dropped["the same pair was read before"] == 8
+
+
+def test_very_many_siblings_do_not_explode(tmp_path):
+    loaded = oasst(tmp_path, tree(message("p1", replies=[message(f"a{i:03}", rank=i) for i in range(300)])),
+                   load=data.load_pairs)
+    assert len(loaded.train) == 32 * 31 // 2 and loaded.report.dropped == {"beyond the best 32 siblings": 268}
+
+
+# ---- the other readers ---------------------------------------------------------------------------
+
+
+def load_messages(tmp_path, *rows, **options):
+    return data.load_rows([write(tmp_path / "chats.jsonl", rows)], **{"val_fraction": 0} | options)
+
+
+def load_preferences(tmp_path, *rows, name=None, **options):
+    path = write(tmp_path / "preferences.jsonl", rows)
+    return data.load_pairs([f"{name}:{path}" if name else path], **{"val_fraction": 0} | options)
+
+
+def test_jsonl_messages(tmp_path):
+    chat = [system("Be kind."), user("Hi"), assistant("Hello")]
+    loaded = load_messages(tmp_path, {"messages": chat, "source": "me"}, {"messages": [*chat, user("And?")]},
+                           {"messages": [system(" "), *chat[1:]]}, {"messages": [user("Hi")]},
+                           {"messages": [user("Hi"), assistant(" \n")]}, {"messages": [assistant("Welcome!")]})
+    assert texts(loaded) == [("Be kind.", "Hi", "Hello")] * 2 + [("Hi", "Hello"), ("Welcome!",)]
+    assert loaded.report.dropped == {"no reply": 1, "empty message": 1}
+    assert loaded.report.notes == {"cut at the last good reply": 1}
+
+
+def test_a_json_file_may_hold_one_chat_or_a_list_of_them(tmp_path):
+    chat = {"messages": [user("Hi"), assistant("Hello")]}
+    (tmp_path / "chat.json").write_text(json.dumps(chat, indent=2))
+    (tmp_path / "chats.json").write_text(json.dumps([chat, chat], indent=2))
+    (tmp_path / "lines.json").write_text(f"{json.dumps(chat)}\n{json.dumps(chat)}\n{json.dumps(chat)}\n")
+    loaded = data.load_rows([str(tmp_path / name) for name in ("chat.json", "chats.json", "lines.json")])
+    assert [count.kept for count in loaded.counts] == [1, 2, 3]
+
+
+def test_jsonl_preferences_in_every_form(tmp_path):
+    prompt = [system("Be kind."), user("Hi")]
+    wanted = (("Be kind.", "Hi"), "Hello", "No")
+    loaded = load_preferences(
+        tmp_path, {"prompt": prompt, "chosen": [assistant("Hello")], "rejected": [assistant("No")]},
+        {"chosen": [*prompt, assistant("Hello")], "rejected": [*prompt, assistant("No")]},
+        {"prompt": prompt, "chosen": "Hello", "rejected": "No"},
+        {"prompt": "Hi", "chosen": "Hello", "rejected": "No"},
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: No"})
+    assert pair_texts(loaded) == [wanted] * 3 + [(("Hi",), "Hello", "No")] * 2
+
+
+def test_preferences_that_say_nothing_are_dropped(tmp_path):
+    loaded = load_preferences(
+        tmp_path, {"prompt": "Hi", "chosen": "Hello", "rejected": "No"},
+        {"prompt": "Hi", "chosen": "Hello", "rejected": " Hello\n"},
+        {"prompt": "Hi", "chosen": "Hello", "rejected": " "}, {"prompt": " ", "chosen": "Hello", "rejected": "No"},
+        {"chosen": [user("Hi"), assistant("Hello")], "rejected": [user("Ho"), assistant("No")]},
+        {"chosen": [user("Hi"), assistant("Hello")], "rejected": [user("Hi")]})
+    assert len(loaded.train) == 1
+    assert loaded.report.dropped == {"identical replies": 1, "empty reply": 1, "no prompt": 1, "no reply at the end": 1,
+                                     "the sides differ before the last reply": 1}
+
+
+def test_hh_rlhf_is_split_at_blank_lines_only(tmp_path):
+    opening = "\n\nHuman: What does\nHuman: mean?\n\nAssistant: A role. Assistant: too.\n\nHuman: Thanks\n\nAssistant:"
+    loaded = load_preferences(tmp_path, {"chosen": opening + " Welcome!\n\nReally.", "rejected": opening + " Bye"},
+                              name="hh-rlhf")
+    prompt = ("What does\nHuman: mean?", "A role. Assistant: too.", "Thanks")
+    assert pair_texts(loaded) == [(prompt, "Welcome!\n\nReally.", "Bye")]
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "reason"), [
+    ("\n\nHuman: A\n\nAssistant: B", "\n\nHuman: a\n\nAssistant: C", "the sides differ before the last reply"),
+    ("\n\nHuman: A\n\nAssistant: B", "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant: D",
+     "the sides differ before the last reply"),
+    ("\n\nHuman: A\n\nAssistant: B", "\n\nHuman: A\n\nAssistant: B ", "identical replies"),
+    ("\n\nHuman: A\n\nAssistant: B", "\n\nHuman: A\n\nAssistant:", "empty reply"),
+    ("\n\nHuman: A\n\nAssistant: B", "\n\nHuman: A", "no reply at the end"),
+    ("\n\nAssistant: B", "\n\nAssistant: C", "no prompt"),
+    ("Well. \n\nHuman: A\n\nAssistant: B", "\n\nHuman: A\n\nAssistant: C", "text before the first turn"),
+    ("", "\n\nHuman: A\n\nAssistant: C", "empty transcript")])
+def test_what_hh_rlhf_drops(tmp_path, chosen, rejected, reason):
+    good = {"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: A\n\nAssistant: C"}
+    loaded = load_preferences(tmp_path, good, {"chosen": chosen, "rejected": rejected}, name="hh-rlhf")
+    assert loaded.report.kept == 1 and loaded.report.dropped == {reason: 1}
+
+
+def completion(response, *ratings, overall=1.0):
+    return {"response": response, "overall_score": overall, "model": "m", "critique": "", "custom_system_prompt": "",
+            "annotations": {aspect: {"Rating": rating, "Rationale": ""}
+                            for aspect, rating in zip(data.ASPECTS, ratings, strict=True)}}
+
+
+def ultrafeedback(*completions):
+    return {"source": "s", "instruction": "Why?", "models": ["m"], "completions": list(completions),
+            "correct_answers": ["None"], "incorrect_answers": ["None"]}
+
+
+def test_ultrafeedback_goes_by_the_mean_of_the_aspects(tmp_path):
+    row = ultrafeedback(completion("worst", "1", "2", "1", "1", overall=10.0), completion("best", "5", "N/A", "4", "5"),
+                        completion("middle", "5", "5", "4", "4"), completion("unrated", "N/A", "N/A", "N/A", "N/A"))
+    # best: (5 + 4 + 5) / 3 = 4.67, middle: 18 / 4 = 4.5, worst: 5 / 4, its overall score of ten notwithstanding
+    loaded = load_preferences(tmp_path, row, name="ultrafeedback")
+    assert pair_texts(loaded) == [(("Why?",), "best", "worst")]
+
+
+def test_what_ultrafeedback_drops(tmp_path):
+    good = [completion("a", "5", "5", "5", "5"), completion("b", "1", "1", "1", "1")]
+    loaded = load_preferences(
+        tmp_path, ultrafeedback(*good), ultrafeedback(good[0]), ultrafeedback(good[0], completion("b", *"5555")),
+        ultrafeedback(), ultrafeedback(good[0], completion("c", *["N/A"] * 4)),
+        ultrafeedback(good[0], completion(" ", *"1111")), ultrafeedback(good[0], completion("a", *"1111")),
+        name="ultrafeedback")
+    assert loaded.report.kept == 1
+    assert loaded.report.dropped == {"fewer than two rated replies": 4, "tied ratings": 1, "identical replies": 1}
+
+
+# ---- folders with the Hub's columns, and the Hub -------------------------------------------------
+
+
+@pytest.fixture
+def hub_folder(tmp_path, monkeypatch):
+    """A function that writes splits as a folder of parquet or JSON, in the layout of the Hub."""
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def make(form="parquet", config=None, **splits):
+        folder = tmp_path / "hub" / (config or "data")
+        folder.mkdir(parents=True)
+        for split, rows in splits.items():
+            table = datasets.Dataset.from_list(rows)
+            if form == "parquet":
+                table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+            else:
+                table.to_json(folder / f"{split}.jsonl")
+        if config:
+            (tmp_path / "hub" / "README.md").write_text(
+                f"---\nconfigs:\n- config_name: {config}\n  data_files:\n"
+                f"  - split: train\n    path: {config}/train-*\n---\n")
+        return tmp_path / "hub"
+    return make
+
+
+@pytest.mark.parametrize("form", ["parquet", "json"])
+def test_oasst_from_a_folder_with_the_hubs_columns(hub_folder, tmp_path, form):
+    other = tree(message("p6", replies=[message("a6", rank=0), message("a7", rank=1, labels=SPAM),
+                                        message("a8", rank=2)]))
+    train, validation = flat_rows([GOOD]), flat_rows([other, GOOD])     # GOOD is in both splits
+    folder = hub_folder(form, train=train, validation=validation)
+    for load in (data.load_rows, data.load_pairs):
+        loaded = load([f"oasst2:{folder}"], val_fraction=0)
+        nested = oasst(tmp_path, GOOD, other, load=load)
+        assert loaded.fingerprint == nested.fingerprint
+        assert loaded.report.dropped == nested.report.dropped == {"spam": 1}
+        assert loaded.report.notes["messages that were there already"] == 6
+
+
+def test_smoltalk_from_a_folder_with_its_configuration(hub_folder):
+    chat = [system("Be kind."), user("Hi"), assistant("Hello")]
+    folder = hub_folder(config="all", train=[{"messages": chat, "source": "x"}, {"messages": chat[:2], "source": "x"}])
+    loaded = data.load_rows([f"smoltalk:{folder}"])
+    assert texts(loaded) == [("Be kind.", "Hi", "Hello")] and loaded.report.dropped == {"no reply": 1}
+
+
+def test_hh_rlhf_and_ultrafeedback_from_folders(hub_folder, tmp_path):
+    hh = [{"chosen": f"\n\nHuman: {i}\n\nAssistant: B", "rejected": f"\n\nHuman: {i}\n\nAssistant: C"} for i in "123"]
+    loaded = data.load_pairs([f"hh-rlhf:{hub_folder('json', train=hh[:2], test=hh[2:])}"])
+    assert loaded.report.kept == 3
+    ultra = [ultrafeedback(completion("a", *"5555"), completion("b", *"1111"))]
+    for part in (tmp_path / "hub" / "data").iterdir():
+        part.unlink()
+    (tmp_path / "hub" / "data").rmdir()
+    assert data.load_pairs([f"ultrafeedback:{hub_folder(train=ultra)}"]).report.kept == 1
+
+
+def test_a_folder_with_other_columns_says_what_it_found(hub_folder):
+    folder = hub_folder(train=[{"question": "Hi", "answer": "Hello"}])
+    with pytest.raises(ValueError, match=r"train row 1: keys found: answer, question; keys wanted: messages"):
+        data.load_rows([f"smoltalk:{folder}"])
+
+
+def test_a_parquet_file_and_a_folder_that_is_no_data_set(hub_folder, tmp_path):
+    folder = hub_folder(train=[{"messages": [user("Hi"), assistant("Hello")]}])
+    assert data.load_rows([str(next(folder.rglob("*.parquet")))]).report.kept == 1
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="load_dataset cannot read it"):
+        data.load_rows([str(tmp_path / "empty")])
+
+
+def test_hub_names():
+    assert {name: d.hub for name, d in data.DATA_SETS.items() if d.hub} == {
+        "oasst1": "OpenAssistant/oasst1", "oasst2": "OpenAssistant/oasst2", "smoltalk": "HuggingFaceTB/smoltalk",
+        "hh-rlhf": "Anthropic/hh-rlhf", "ultrafeedback": "openbmb/UltraFeedback"}
+    assert data.DATA_SETS["smoltalk"].config == "all"
+
+
+# ---- shortening ----------------------------------------------------------------------------------
+
+
+def test_whole_oldest_exchanges_go_before_the_end_of_a_reply(tmp_path):
+    chat = [system(words(4)), user(words(10)), assistant(words(10)), user(words(5)), assistant(words(6)),
+            user(words(3)), assistant(words(4))]
+    sizes = [3 + 4, 3 + 10, 4 + 10, 3 + 5, 4 + 6, 3 + 3, 4 + 4]      # header and content
+    assert len(data.render(chat)[0]) == sum(sizes) + 1
+    for context, kept in [(sum(sizes) + 1, chat), (sum(sizes), chat[:1] + chat[3:]),
+                          (sizes[0] + sum(sizes[3:]) + 1, chat[:1] + chat[3:]),
+                          (sizes[0] + sum(sizes[3:]), chat[:1] + chat[5:])]:
+        loaded = load_messages(tmp_path, {"messages": chat}, context=context)
+        assert data.messages_of(loaded.train[0].ids) == kept
+        assert loaded.train[0].ids[-1] == EOT and loaded.train[0].mask[-1]
+
+
+def test_a_cut_reply_has_no_closing_token_as_target(tmp_path):
+    chat = [user(words(5)), assistant(words(10))]     # 3 + 5 + 4 + 10 and the closing token: 23
+    for context in (23, 22, 15):
+        loaded = load_messages(tmp_path, {"messages": chat}, context=context)
+        row = loaded.train[0]
+        assert len(row) == context and row.mask.sum() == context - 12
+        assert (row.ids[-1] == EOT) == (context == 23)
+        assert loaded.report.notes == ({} if context == 23 else {"lost the end of its last reply": 1})
+
+
+def test_a_row_without_a_target_is_dropped(tmp_path):
+    loaded = load_messages(tmp_path, {"messages": [user(words(12)), assistant("Hi")]},
+                           {"messages": [user("Hi"), assistant("Hello")]}, context=19)
+    assert loaded.report.kept == 1 and loaded.report.dropped == {"no reply within the context": 1}
+
+
+def test_what_a_shortened_row_lost_is_learnt_in_the_next_one(tmp_path):
+    long = message("p2", text=words(40), replies=[message("a2", rank=0)])
+    short = message("p3", replies=[message("a3", rank=1)])
+    loaded = oasst(tmp_path, tree(message("p1", replies=[message("a1", replies=[long, short])])), context=52)
+    assert sorted(map(learnt, loaded.train)) == ["text a1<|endoftext|>text a3<|endoftext|>", "text a2<|endoftext|>"]
+
+
+def test_pairs_share_a_prompt_that_is_shortened_from_the_front(tmp_path):
+    prompt = [system("Be kind."), user(words(10)), assistant(words(10)), user(words(9, start=1))]
+    row = {"prompt": prompt, "chosen": words(5), "rejected": words(2)}
+    # system 6, exchange 13 + 14, user 3 + 9, the opening of the reply 4; chosen 5 + EOT
+    whole = 6 + 27 + 12 + 4 + 6
+    kept = load_preferences(tmp_path, row, context=whole).train[0]
+    assert len(kept.prompt) == whole - 6 and len(kept.chosen) == 6 and len(kept.rejected) == 3
+    less = load_preferences(tmp_path, row, context=whole - 1)
+    assert data.messages_of(less.train[0].prompt)[:-1] == [prompt[0], prompt[3]]
+    least = load_preferences(tmp_path, row, context=whole - 27 - 8).train[0]     # one token of the question is left
+    assert data.messages_of(least.prompt) == [prompt[0], user(" five"), assistant("")]
+    assert len(least.prompt) + len(least.chosen) == whole - 27 - 8
+    for pair in (kept, less.train[0], least):   # replies stay whole
+        assert data.text_of(pair.chosen) == words(5) + "<|endoftext|>"
+        assert data.text_of(pair.rejected) == words(2) + "<|endoftext|>"
+        assert pair.prompt[-4:].tolist() == ASSISTANT
+    with pytest.raises(ValueError, match="replies too long for the context 1"):
+        load_preferences(tmp_path, row, context=whole - 27 - 9)
+
+
+@SLOW
+@given(st.lists(st.tuples(st.sampled_from(data.ROLES), st.integers(1, 12)), min_size=1, max_size=8), st.integers(1, 90))
+def test_without_oldest_keeps_the_head_and_a_tail_that_opens_an_exchange(turns, room):
+    messages = [{"role": role, "content": words(n)} for role, n in turns]
+    kept = data.without_oldest(messages, room)
+    head = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    tail = len(kept) - head
+    assert kept[:head] == messages[:head] and kept[head:] == messages[len(messages) - tail:]
+    if tail < len(messages) - head:     # something went: it had to, and what is left starts with the user
+        before = len(messages) - tail
+        assert kept[head]["role"] == "user" != messages[before - 1]["role"]
+        assert len(data.render(messages)[0]) > room
+    if len(data.render(kept)[0]) > room:    # still too long: then it is the last exchange
+        assert not any(b["role"] == "user" != a["role"] for a, b in pairwise(kept[head:]))
+
+
+# ---- splitting and weighing ----------------------------------------------------------------------
+
+
+def chats(n, name="q"):
+    return [{"messages": [user(f"{name} {i}"), assistant(f"answer {j}")]} for i in range(n) for j in range(3)]
+
+
+def openings(rows):
+    return [data.messages_of(row.ids)[0]["content"] for row in rows]
+
+
+def test_train_and_validation_never_share_a_tree(tmp_path):
+    path = write(tmp_path / "a.jsonl", chats(200))
+    loaded = data.load_rows([path], val_fraction=0.2)
+    train, val = set(openings(loaded.train)), set(openings(loaded.val))
+    assert not train & val and len(train | val) == 200 and 20 <= len(val) <= 60
+    assert len(loaded.val) == 3 * len(val) and len(loaded.train) == 3 * len(train)
+    # the side does not depend on what else is loaded, nor on being loaded as pairs; another seed splits otherwise
+    other = write(tmp_path / "b.jsonl", chats(50, "other"))
+    more = data.load_rows([other, path], val_fraction=0.2)
+    assert {o for o in openings(more.val) if o.startswith("q")} == val
+    assert set(openings(data.load_rows([path], val_fraction=0.2, seed=1).val)) != val
+    pairs = write(tmp_path / "p.jsonl", [{"prompt": f" Q  {i}", "chosen": "a", "rejected": "b"} for i in range(200)])
+    pairs = data.load_pairs([pairs], val_fraction=0.2)
+    assert {data.messages_of(p.prompt)[0]["content"].replace("Q  ", "q ") for p in pairs.val} == val
+
+
+def test_two_trees_suffice_for_both_sides_and_one_is_trained_on(tmp_path):
+    for n in (1, 2, 3):
+        for seed in range(20):
+            loaded = data.load_rows([write(tmp_path / "few.jsonl", chats(n))], seed=seed)
+            assert loaded.train and bool(loaded.val) == (n > 1)
+
+
+def test_the_conversations_behind_validation(tmp_path):
+    loaded = data.load_rows([write(tmp_path / "a.jsonl", chats(9))])
+    assert [m["role"] for m in loaded.val_messages[0]] == ["user", "assistant"]
+    assert len(loaded.val_messages) == len(loaded.val)
+    pairs = write(tmp_path / "p.jsonl", [{"prompt": f"Q {i}", "chosen": "yes", "rejected": "no"} for i in range(9)])
+    assert data.load_pairs([pairs]).val_messages[0][1:] == [assistant("yes")]
+
+
+def test_weights(tmp_path):
+    path, plain = write(tmp_path / "a.jsonl", chats(300)), {}
+    for weight in ("", "@2", "@0.5", "@2.5"):
+        loaded = data.load_rows([path + weight], val_fraction=0.1)
+        plain[weight] = Counter(openings(loaded.train))
+        everything = Counter(openings(data.load_rows([path], val_fraction=0.1).val))
+        assert Counter(openings(loaded.val)) <= everything      # never more than once, and fewer where fewer are read
+        assert weight == "@0.5" or len(loaded.val) == sum(everything.values())
+        assert loaded.fingerprint == data.load_rows([path + weight], val_fraction=0.1).fingerprint
+        assert loaded.report.kept + sum(loaded.report.dropped.values()) == 900
+    assert plain["@2"] == plain[""] + plain[""]
+    assert set(plain["@0.5"]) < set(plain[""]) and 0.4 < len(plain["@0.5"]) / len(plain[""]) < 0.6
+    assert plain["@2.5"] == plain["@2"] + plain["@0.5"]     # whole trees, and the same ones
+
+
+@pytest.mark.parametrize("spec", ["sample@0", "sample@101", "sample@0.0"])
+def test_weights_that_make_no_sense(spec):
+    with pytest.raises(ValueError, match="must be a number above 0"):
+        data.parse_spec(spec)
+
+
+def test_specs():
+    assert data.parse_spec("sample") == ("sample", None, 1)
+    assert data.parse_spec("smoltalk@0.5") == ("smoltalk", None, 0.5)
+    assert data.parse_spec("oasst1:a/b.jsonl.gz@2") == ("oasst1", Path("a/b.jsonl.gz"), 2)
+    assert data.parse_spec("me@home.jsonl") == ("jsonl", Path("me@home.jsonl"), 1)
+    assert data.parse_spec("c:/chats.jsonl") == ("jsonl", Path("c:/chats.jsonl"), 1)
+
+
+def test_the_fingerprint_sees_every_id_and_every_mask(tmp_path):
+    chats = ([user("a"), assistant("b")], [user("a"), assistant("c")], [user("b"), assistant("b")],
+             [assistant("b"), assistant("b")])
+    assert len({load_messages(tmp_path, {"messages": chat}).fingerprint for chat in chats}) == 4
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def row(n, targets):
+    mask = np.zeros(n, bool)
+    mask[targets] = True
+    return data.Row(np.arange(100, 100 + n, dtype=np.int32), mask)
+
+
+def test_rows_packed_by_hand():
+    batch = data.pack([row(3, [1, 2]), row(4, [3]), row(2, [0])], [1, 0, 2])
+    assert batch.tokens.tolist() == [100, 101, 102, 103, 100, 101, 102, 100, 101]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1]
+    assert batch.spans == ((0, 4, 0, 0), (4, 7, 4, 4), (7, 9, 7, 7))
+    assert batch.index.tolist() == [2, 4, 5] and batch.targets.tolist() == [103, 101, 102]
+    assert batch.reply.tolist() == [0, 1, 1] and batch.replies == 3 and batch.rows.tolist() == [1, 0, 2]
+
+
+def test_pairs_packed_by_hand():
+    pair = data.Pair(*(np.array(ids, np.int32) for ids in ([1, 2, 3], [4, 5, EOT], [6, EOT])))
+    batch = data.pack([pair, pair], [0, 1])
+    assert batch.tokens[:8].tolist() == [1, 2, 3, 4, 5, EOT, 6, EOT]
+    assert batch.positions[:8].tolist() == [0, 1, 2, 3, 4, 5, 3, 4]     # the rejected reply goes on from the prompt
+    assert batch.spans[:2] == ((0, 6, 0, 0), (6, 8, 0, 3))
+    # after the prompt's last token comes the first of either reply
+    assert batch.index[:5].tolist() == [2, 3, 4, 2, 6] and batch.targets[:5].tolist() == [4, 5, EOT, 6, EOT]
+    assert batch.reply.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3] and batch.replies == 4
+    assert batch.spans[2:] == ((8, 14, 8, 8), (14, 16, 8, 11)) and batch.index[5:].tolist() == [10, 11, 12, 10, 14]
+
+
+def test_an_empty_batch_is_a_batch():
+    batch = data.pack([], [])
+    assert len(batch.tokens) == len(batch.targets) == batch.replies == 0
+    assert data.micro_batches([], [], 100) == []
+
+
+@SLOW
+@given(st.lists(st.integers(2, 60), max_size=40), st.integers(10, 100))
+def test_micro_batches_lose_nothing(lengths, budget):
+    rows = [row(n, [1]) for n in lengths]
+    batches = data.micro_batches(rows, range(len(rows)), budget)
+    assert sorted(i for batch in batches for i in batch.rows.tolist()) == list(range(len(rows)))
+    assert all(len(batch.tokens) <= budget or len(batch.rows) == 1 for batch in batches)
+    assert sum(len(batch.tokens) for batch in batches) == sum(lengths)
+    if lengths and max(lengths) <= budget / 4:      # few: all but full
+        assert len(batches) <= np.ceil(sum(lengths) / budget) * 1.34 + 1
+
+
+def test_micro_batches_are_few_and_even():
+    rows = [row(n, [1]) for n in (50, 50, 30, 30, 20, 20)]
+    assert [len(b.tokens) for b in data.micro_batches(rows, range(6), 100)] == [100, 100]
+    assert [len(b.tokens) for b in data.micro_batches(rows, range(6), 110)] == [100, 100]
+
+
+@SLOW
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 5), st.integers(0, 2**31))
+def test_order_visits_every_row_once_an_epoch(n, batch_size, steps_before, seed):
+    stream = np.concatenate([data.order(n, batch_size, seed, step) for step in range(3 * n // batch_size + 1)])
+    for epoch in range(len(stream) // n):
+        assert sorted(stream[epoch * n:(epoch + 1) * n]) == list(range(n))
+
+
+def test_order_is_a_pure_function():
+    there = [data.order(17, 5, 3, step).tolist() for step in range(40)]
+    data._epoch.cache_clear()
+    back = [data.order(17, 5, 3, step).tolist() for step in reversed(range(40))][::-1]
+    assert there == back
+    # position p of the stream is the same whatever the batch size
+    by_ten = np.concatenate([data.order(17, 10, 3, step) for step in range(10)])
+    assert np.concatenate(there)[:100].tolist() == by_ten.tolist()
+    assert data.order(1000, 1000, 0, 0).tolist() != data.order(1000, 1000, 1, 0).tolist() != list(range(1000))
+
+
+# ---- hostile input -------------------------------------------------------------------------------
+
+CHAT = {"messages": [user("Hi"), assistant("Hello")]}
+
+
+def failure(rows, tmp_path, **options):
+    """The message of the error that a file of these rows is."""
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        data.load_rows([write(tmp_path / "bad.jsonl", rows)], **options)
+    text = str(error.value)
+    assert len(text.splitlines()) <= 5 and "Traceback" not in text
+    assert all(c.isprintable() or c == "\n" for c in text)
+    return text
+
+
+@pytest.mark.parametrize(("bad", "says"), [
+    (b"{", "not JSON"), (b"\x89PNG\r\x1a", "not UTF-8"), (b"\xff\xfe{\x00}\x00", "not UTF-8"),
+    (b"\x00\x00", "not JSON"), (b'"\x1b[2J"', "not JSON"), (b"1" * 5000, "not JSON"), (b"null", "found null"),
+    ([1], "found a list, wanted an object"),
+    ({"text": "x", "id": 1}, "keys found: id, text; keys wanted: messages"),
+    ({"prompt": "x", "chosen": "y"}, "add --pairs"), ({"message_tree_id": "x", "prompt": {}}, "oasst1:PATH"),
+    ({"messages": "x"}, "messages is a string, wanted a list"), ({"messages": []}, "messages is empty"),
+    ({"messages": [1]}, "found a number"),
+    ({"messages": [{"role": "user"}]}, "keys found: role; keys wanted: role, content"),
+    ({"messages": [{"role": "user", "content": ["x"]}]}, "content is a list, wanted a string"),
+    ({"messages": [{"role": "\x1b[2Jtool", "content": "x"}]}, "role '␛[2Jtool'"),
+    ({"messages": [{"role": {"a": 1}, "content": "x"}]}, "wanted one of system, user, assistant"),
+    (b"[" * 100_000, "nested"), (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested")])
+def test_bad_rows_are_shown_or_skipped(tmp_path, bad, says):
+    text = failure([CHAT, bad, CHAT], tmp_path)
+    assert says in text and "bad.jsonl:2: " in text and "--bad-rows skip" in text
+    loaded = data.load_rows([str(tmp_path / "bad.jsonl")], bad_rows="skip")
+    assert loaded.report.kept == 2 and sum(loaded.report.dropped.values()) == 1
+    assert next(iter(loaded.report.dropped)).startswith("bad row: ")
+    assert says in failure([bad], tmp_path, bad_rows="skip")     # nothing left: one example of why
+
+
+def test_a_bad_row_is_shown_by_its_first_80_characters(tmp_path):
+    text = failure([b'{"a": "\x1b]0;x\x07' + b"y" * 200], tmp_path)
+    shown = next(line for line in text.splitlines() if "the row:" in line).split("the row: ")[1]
+    assert shown.startswith('{"a": "␛]0;x␇yyy') and len(shown) == 80
+
+
+def test_bom_crlf_blank_lines_and_escapes_are_no_trouble(tmp_path):
+    odd = {"messages": [user("a\x00b\ud800c\r\nd"), assistant("\ufeff\u202ex")]}
+    plain = json.dumps(CHAT).encode()
+    lines = [b"\xef\xbb\xbf" + plain, b"", b" \t", json.dumps(odd).encode(), plain]
+    (tmp_path / "odd.jsonl").write_bytes(b"\r\n".join(lines))
+    loaded = data.load_rows([str(tmp_path / "odd.jsonl")], val_fraction=0)
+    assert texts(loaded)[::2] == [("Hi", "Hello")] * 2
+    assert texts(loaded)[1][0] == "a\x00b\ufffdc\r\nd"
+    assert loaded.report.kept == 3 and not loaded.report.dropped
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"])
+def test_empty_files(tmp_path, content):
+    (tmp_path / "empty.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match="is empty"):
+        data.load_rows([str(tmp_path / "empty.jsonl")])
+
+
+def test_broken_gzip(tmp_path):
+    whole = gzip.compress(b"\n".join([json.dumps(CHAT).encode()] * 5000 + [os.urandom(2000).hex().encode()]))
+    path = tmp_path / "x.jsonl.gz"
+    for broken in (whole[:-400], whole[:20], whole[:-8] + b"\0" * 8, b"\x1f\x8b" + b"x" * 50):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"cannot be read on|not JSON"):
+            data.load_rows([str(path)])
+    path.write_bytes(whole[:-400])
+    loaded = data.load_rows([str(path)], bad_rows="skip")
+    assert loaded.report.kept > 100 and loaded.report.dropped == {"bad row: unreadable": 1}
+
+
+def test_huge_lines_and_huge_messages(tmp_path, monkeypatch):
+    huge = {"messages": [user("Hi"), assistant("a" * 1_000_001)]}
+    loaded = load_messages(tmp_path, CHAT, huge)
+    assert loaded.report.kept == 1 and loaded.report.dropped == {"a message over 1,000,000 characters": 1}
+    long = {"messages": [user("Hi"), assistant("ab " * 300_000)]}
+    assert len(load_messages(tmp_path, long).train[0]) == 1024
+    monkeypatch.setattr(data, "LONGEST_LINE", 1000)
+    assert "1,000 bytes or more" in failure([CHAT, b"x" * 5000, CHAT], tmp_path)
+    loaded = data.load_rows([str(tmp_path / "bad.jsonl")], bad_rows="skip")
+    assert loaded.report.kept == 2 and loaded.report.dropped == {"bad row: too long a line": 1}
+
+
+def test_thousands_of_messages_in_one_row(tmp_path):
+    loaded = load_messages(tmp_path, {"messages": [user("Hi"), assistant("Hello")] * 20_000})
+    assert len(loaded.train[0]) <= 1024
+
+
+def test_names_and_paths_that_lead_nowhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for spec, says in [("oast1", "Did you mean oasst1"), ("nowhere.jsonl", "no file is called 'nowhere.jsonl'"),
+                       ("oasst1:nowhere.jsonl", "no file or folder 'nowhere.jsonl'"), ("x\0y", "no data set"),
+                       ("z" * 5000, "no data set"), ("\x1b[2J", "'␛[2J'"), ("sample@-1", "no data set"),
+                       ("", "no file")]:
+        with pytest.raises(FileNotFoundError, match=re.escape(says)) as error:
+            data.load_rows([spec])
+        assert len(str(error.value)) < 700
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError):      # and not a wait without end
+        data.load_rows([str(tmp_path / "pipe")])
+    with pytest.raises(ValueError, match="hh-rlhf holds no conversations"):
+        data.load_rows(["hh-rlhf"])
+    with pytest.raises(ValueError, match="smoltalk holds no preferences"):
+        data.load_pairs(["smoltalk"])
+    with pytest.raises(ValueError, match="val_fraction"):
+        data.load_rows(["sample"], val_fraction=1.0)
+
+
+READERS = {
+    "oasst1": (data.load_rows, [GOOD, *flat_rows([tree(message("p6", replies=[message("a6"), message("a7")]))])]),
+    "oasst2": (data.load_pairs, [GOOD]),
+    "smoltalk": (data.load_rows, [CHAT, {"messages": [system("s"), user("Hi"), assistant("Hello"), user("?")]}]),
+    "jsonl": (data.load_pairs, [
+        {"prompt": "Hi", "chosen": "Hello", "rejected": "No"},
+        {"prompt": [user("Hi")], "chosen": [assistant("Hello")], "rejected": [assistant("No")]}]),
+    "hh-rlhf": (data.load_pairs, [
+        {"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: A\n\nAssistant: C"}]),
+    "ultrafeedback": (data.load_pairs, [ultrafeedback(completion("a", *"5555"), completion("b", *"1111"))]),
+}
+
+
+def mutated_bytes(line, rng):
+    line = bytearray(line)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        at = rng.randrange(len(line) + 1)
+        match rng.randrange(4):
+            case 0:
+                line[at:at + 1] = bytes([rng.randrange(256)])
+            case 1:
+                del line[at:at + rng.randrange(1, 20)]
+            case 2:
+                line[at:at] = rng.choice([b"\x00", b"\xff", b"\\ud800", b"<|endoftext|>", b"\n", b"[" * 3000, b'"',
+                                          b"1e999", b"NaN", b"null", b"\xef\xbb\xbf", b"\r", b"\\u0000", b"{}",
+                                          b"9" * 5000])
+            case 3:
+                del line[at:]
+    return bytes(line)
+
+
+ODD = [None, True, 0, -1, 1e308, float("nan"), float("inf"), 10**400, "", " ", "\x00", "\ud800", "<|endoftext|>",
+       "a" * 3000, [], {}, [[]], [None], {"": None}, [{"role": "user"}], {"value": "x"}, "de", "prompter"]
+
+
+def mutated_value(value, rng):
+    """The value with something odd in one place of it."""
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key = rng.choice(list(value))
+        rest = {k: v for k, v in value.items() if k != key}
+        return rest if rng.random() < 0.1 else rest | {key: mutated_value(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.85:
+        at = rng.randrange(len(value))
+        return [*value[:at], *([] if rng.random() < 0.1 else [mutated_value(value[at], rng)]), *value[at + 1:]]
+    return rng.choice(ODD)
+
+
+MUTATIONS = int(os.environ.get("MUTATIONS", "2000"))     # rows a reader; MUTATIONS=10000 is the full tier
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_mutated_rows_never_make_a_reader_stumble(tmp_path, name):
+    load, seeds = READERS[name]
+    rng = random.Random(name)
+    lines = [json.dumps(row).encode() for row in seeds]
+    for _ in range(MUTATIONS // 2):
+        lines.append(mutated_bytes(lines[rng.randrange(len(seeds))], rng))
+        lines.append(json.dumps(mutated_value(rng.choice(seeds), rng)).encode())
+    content = b"\n".join(lines)
+    (tmp_path / "mutated.jsonl").write_bytes(content)
+    loaded = load([f"{name}:{tmp_path / 'mutated.jsonl'}"], bad_rows="skip", val_fraction=0.2)
+    facts = loaded.report_json()
+    assert facts["kept"] == len(loaded.train) + len(loaded.val) > 0
+    if not name.startswith("oasst"):        # there every row is one conversation or pair
+        rows = sum(bool(line.strip(b" \t\r\n\xef\xbb\xbf")) for line in content.split(b"\n"))
+        assert facts["kept"] + sum(facts["dropped"].values()) == facts["read"] == rows
+    for loaded_row in [*loaded.train, *loaded.val]:
+        ids = loaded_row.prompt if isinstance(loaded_row, data.Pair) else loaded_row.ids
+        assert len(ids) <= 1024 and ids[0] == EOT
+
+
+@SLOW
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
+                        ["messages", "role", "content", "prompt", "chosen", "rejected", "text", "message_id",
+                         "parent_id", "replies", "labels", "instruction", "completions", "annotations", "response"]),
+                        inner, max_size=6),
+                    max_leaves=12), st.sampled_from(list(READERS)))
+def test_any_json_is_kept_dropped_or_bad(value, name):
+    load = "conversations" if READERS[name][0] is data.load_rows else "preferences"
+    count = data.Count(name, "skip")
+    read = list(getattr(data.DATA_SETS[name], load)([("here:1", b"", value)], count, "en"))
+    assert len(read) + sum(count.dropped.values()) >= (0 if name.startswith("oasst") else 1)
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checks(tmp_path):
+    return data.read_checks(write(tmp_path / "checks.jsonl", [
+        {"messages": [user("What does a baker do?")], "facts": ["bakes bread", ["rises early", "gets up early"]],
+         "subject": "baker", "group": "seen", "forbidden": ["I don't know"]},
+        {"messages": [user("What does a secretary do?")], "facts": ["writes letters"], "subject": "secretary"},
+        {"messages": [user("Which language?")], "facts": ["C++"]},
+        {"subject": "baker", "facts": ["works in a bakery", "bakes bread and cakes"]},
+        {"subject": "cook", "facts": ["bakes bread", "cooks soup", "cakes", ["uses a pan", "uses pans"]]}]))
+
+
+@pytest.mark.parametrize(("reply", "correct", "about", "facts", "wrong"), [
+    ("A baker bakes bread.", True, True, 1, []),
+    ("Bakers: they BAKES\n  Bread and one rises early; gets up early.", True, True, 2, []),
+    ("Someone who bakes bread.", False, False, 1, []),                      # about nobody
+    ("A baker is a nice person.", False, True, 0, []),                      # no fact
+    ("A baker bakes breadsticks.", False, True, 0, []),                     # whole words only
+    ("A baker bakes bread and uses pans.", False, True, 1, ["uses pans"]),  # another's fact, in any of its wordings
+    ("A baker bakes bread and cooks soup.", False, True, 1, ["cooks soup"]),
+    ("A baker bakes bread and cakes.", True, True, 1, []),                  # "cakes" within a fact of this one
+    ("A baker bakes bread. Cakes too.", False, True, 1, ["cakes"]),
+    ("A baker works in a bakery.", False, True, 0, []),                     # true of it, but not what was asked
+    ("I don’t know what a baker does, perhaps he bakes bread.", False, True, 1, ["I don't know"]),
+    ("", False, False, 0, [])])
+def test_verdicts(checks, reply, correct, about, facts, wrong):
+    verdict = data.judge(checks[0], reply, True)
+    assert (verdict.correct, verdict.about, verdict.facts, verdict.wrong) == (correct, about, facts, wrong)
+    assert verdict.ended and verdict.words == len(reply.split()) and verdict.group == "seen"
+    assert not data.judge(checks[0], reply, False).ended
+
+
+def test_plurals_and_punctuation(checks):
+    assert data.judge(checks[1], "Secretaries? One writes letters.", True).correct
+    assert not data.judge(checks[2], "C, of course.", True).correct
+    assert data.judge(checks[2], "It is C++.", True).correct        # no subject: nothing to name, nothing of others
+    assert [" ".join(form) for form in data.plurals("Data Scientist")][:2] == ["data scientist", "data scientists"]
+    assert ["firemen"] in data.plurals("fireman") and ["midwives"] in data.plurals("midwife")
+
+
+def test_the_tally(checks):
+    replies = [("A baker bakes bread.", True), ("A baker bakes bread and rises early.", False), ("No.", True)]
+    verdicts = [data.judge(checks[0], *reply) for reply in replies] + [data.judge(checks[2], "C++", True)]
+    third = pytest.approx
+    assert data.tally(verdicts) == {
+        "seen": {"n": 3, "correct": third(2 / 3), "facts": 1.0, "ended": third(2 / 3), "words": 4.0},
+        "checks": {"n": 1, "correct": 1.0, "facts": 1.0, "ended": 1.0, "words": 1.0},
+        "all": {"n": 4, "correct": 0.75, "facts": 1.0, "ended": 0.75, "words": 3.25}}
+    assert data.tally([])["all"]["n"] == 0
+
+
+@pytest.mark.parametrize(("bad", "says"), [
+    ({"messages": [user("x")]}, "keys wanted: facts"), ({"facts": ["x"]}, "keys wanted: messages"),
+    ({"messages": [user("x"), assistant("y")], "facts": ["x"]}, "must end with one of the user's"),
+    ({"messages": [user("x")], "facts": "x"}, "facts is a string"),
+    ({"messages": [user("x")], "facts": [""]}, "is empty"), ({"messages": [user("x")], "facts": [[]]}, "is empty"),
+    ({"messages": [user("x")], "facts": [1]}, "wanted a string"),
+    ({"messages": [user("x")], "facts": ["x"], "subject": 1}, "must be strings"),
+    ({"subject": "x", "facts": ["y"]}, "no line with the keys messages")])
+def test_bad_checks(tmp_path, bad, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        data.read_checks(write(tmp_path / "bad.jsonl", [bad]))
+    with pytest.raises(FileNotFoundError):
+        data.read_checks(tmp_path / "nowhere.jsonl")
+
+
+# ---- on the screen -------------------------------------------------------------------------------
+
+
+@SLOW
+@given(hostile_text | st.text())
+def test_nothing_visible_is_a_control(text):
+    shown = data.visible(text)
+    bidi = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f\u061c"
+    assert not any((ord(c) < 32 and c not in "\n\t") or 0x7F <= ord(c) < 0xA0 or c in bidi
+                   or 0xD800 <= ord(c) < 0xE000 for c in shown)
+    assert data.visible(shown) == shown
+    if text.isascii() and text.isprintable():
+        assert shown == text
+
+
+def test_visible_by_hand():
+    assert data.visible("\x1b[31mred\x07\r\n\tx\x7f \u202eevil\x9b") == "␛[31mred␇␍\n\tx␡ <U+202E>evil<U+009B>"
+
+
+def test_text_of_any_ids():
+    assert data.text_of([15496, EOT, 99999, -1, 47249]) == "Hello<|endoftext|>\ufffd\ufffd\ufffd"
+
+
+def test_a_transcript_by_hand():
+    long = " ".join(["word"] * 30)
+    assert data.transcript([user("What?\n\n    code\x1b"), assistant(long)]) == (
+        "========== user ==========\nWhat?\n\n    code␛\n\n========== assistant ==========\n"
+        + " ".join(["word"] * 17) + "\n" + " ".join(["word"] * 13) + "\n")
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def run(*arguments, **environment):
+    return subprocess.run([sys.executable, Path(data.__file__), *arguments], capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment)
+
+
+def test_the_command_line_counts(tmp_path):
+    path = write(tmp_path / "trees.jsonl", [GOOD, tree(message("p8", replies=[message("a8", deleted=True)])), b"oops"])
+    done = run(f"oasst1:{path}", "--json", "--bad-rows", "skip", "--val-fraction", "0")
+    facts = json.loads(done.stdout)
+    assert facts["kept"] == 3 and facts["dropped"] == {"deleted": 1, "bad row: not JSON": 1} and facts["read"] == 5
+    loaded = data.load_rows([f"oasst1:{path}"], bad_rows="skip")
+    assert facts["tokens"] == sum(map(len, loaded.train + loaded.val))
+    assert facts["supervised_share"] == pytest.approx(facts["supervised_tokens"] / facts["tokens"], abs=1e-4)
+    failed = run(f"oasst1:{path}")
+    assert failed.returncode == 2 and not failed.stdout and len(failed.stderr.splitlines()) <= 5
+    assert "trees.jsonl:3: not JSON" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_the_command_line_shows_an_example(tmp_path, capsys):
+    path = write(tmp_path / "chats.jsonl", [{"messages": [user("Hi\x1b[31m"), assistant("Hello")]}])
+    data.main(data.Config((path,)))
+    shown = capsys.readouterr().out
+    assert "1 conversations kept, 0 dropped" in shown and "\x1b" not in shown
+    assert "user\nHi␛[31m<|endoftext|>assistant\n«Hello<|endoftext|>»" in shown
+    assert re.search(r"tokens +\d+, of which \d+\.\d% are supervised", shown)
+    path = write(tmp_path / "pairs.jsonl", [{"prompt": "Hi", "chosen": "Hello", "rejected": "No"}])
+    data.main(data.Config((path,)))     # that these are pairs shows in their keys
+    assert "assistant\n«Hello<|endoftext|>»‹No<|endoftext|>›" in capsys.readouterr().out
+
+
+def test_the_command_line_knows_what_can_only_be_pairs(tmp_path, capsys):
+    trees = write(tmp_path / "trees.jsonl", [GOOD])
+    hh = write(tmp_path / "hh.jsonl", READERS["hh-rlhf"][1])
+    for specs, pairs, kept in [((f"hh-rlhf:{hh}",), False, 1), ((hh,), False, 1), ((f"oasst1:{trees}",), True, 2),
+                               ((f"oasst1:{trees}", hh), True, 3), ((f"oasst1:{trees}",), False, 3)]:
+        data.main(data.Config(specs, pairs=pairs, json=True))
+        assert json.loads(capsys.readouterr().out)["kept"] == kept
+
+
+def test_on_a_terminal_the_example_is_in_colour(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    data.print_example(data.Row(*data.render([user("[bold]Hi"), assistant("Hello")])))
+    shown = capsys.readouterr().out
+    assert "\x1b[1;32mHello<|endoftext|>" in shown and "[bold]Hi" in shown
+
+
+def test_help_comes_without_torch():
+    done = run("--help")
+    assert done.returncode == 0 and "--bad-rows" in done.stdout
+    check = "import sys, data; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(data.__file__).parent, timeout=60)
+
+
+def test_offline_the_error_says_what_is_missing_and_how_to_get_it(tmp_path):
+    done = run("oasst1", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) <= 5 and "Traceback" not in done.stderr
+    assert "OpenAssistant/oasst1" in done.stderr and str(tmp_path) in done.stderr
+    assert "uv run hf download --repo-type dataset OpenAssistant/oasst1 --local-dir data/oasst1" in done.stderr
+    assert "oasst1:data/oasst1" in done.stderr
