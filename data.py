@@ -1020,7 +1020,7 @@ def _load(specs, what, build, val_fraction, seed, bad_rows, language) -> Data:
     if val_fraction and len(sides) > 1:     # be the data set ever so small, there is a tree to validate on
         threshold = max(threshold, sides[0] + 2**-53)
     threshold = min(threshold, sides[-1])   # and one to train on
-    train = [row for side, row, n in built if side >= threshold for _ in range(max(1, n))]
+    train = [row for side, row, n in built if side >= threshold for _ in range(n)]
     val = [row for side, row, _ in built if side < threshold]
     return Data(train, val, counts, fingerprint(train, val))
 

@@ -16,7 +16,19 @@ from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import data
-from train import Run, Settings, begin, finish, lazy, run_script, step_batches, to_device, train, validation_batches
+from train import (
+    Run,
+    Settings,
+    begin,
+    finish,
+    lazy,
+    run_script,
+    step_batches,
+    to_device,
+    train,
+    validation_batches,
+    writing,
+)
 
 torch = lazy("torch")
 lora = lazy("lora")
@@ -32,7 +44,6 @@ class Config(Settings):
     batch_size: int = 32  # pairs a step, over all processes
     lr: float = 1e-4  # highest learning rate
     lora_rank: int = 8  # rank of the LoRA adapters; 0 trains all weights
-    checks: str = "sample/checks.jsonl"
 
     loss: Literal["sigmoid", "ipo", "cdpo", "robust", "length-normalised", "simpo"] = "sigmoid"  # DPO or a relative
     beta: float = 0.1  # how strongly the policy is held to the reference
@@ -42,9 +53,14 @@ class Config(Settings):
 
     row_name: ClassVar[str] = "pairs"
 
+    def limits(self) -> dict[str, tuple[bool, str]]:
+        return super().limits() | {
+            "beta": (self.beta > 0, "above 0"), "nll": (self.nll >= 0, "0 or more"),
+            "label_smoothing": (0 <= self.label_smoothing < 0.5, "0 or more and below 0.5: most preferences are right")}
+
 
 # The rate is a tenth of SFT's and less: DPO nudges, and a large step destroys what SFT taught.
-REAL = {"data": ("ultrafeedback", "oasst1", "hh-rlhf@0.1"), "steps": 1000, "batch_size": 32, "checks": "",
+REAL = {"data": ("ultrafeedback", "oasst1", "hh-rlhf@0.1"), "steps": 1000, "batch_size": 32,
         "prompts": ("What does a Data Scientist do? | What about a machine learning engineer?",
                     "Explain photosynthesis to a child.", "Write a short poem about the sea."),
         "reply_tokens": 160, "lr": 5e-6, "lora_rank": 0, "eval_every": 100, "save_every": 100, "log_every": 5}
@@ -174,6 +190,7 @@ def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config,
     The reference is the model before training: adapters off, dropout off, no second model in memory. A run that is
     resumed comes here with the SFT model's weights, before the checkpoint is loaded, and finds its own file again.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     rows, seen = pairs.train + pairs.val, set()
@@ -181,7 +198,9 @@ def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config,
         seen |= {int(row) for batch in batches for row in batch.rows}
     key = repr((run.about["model"]["sha256"], pairs.fingerprint, sorted(seen), run.dtype))
     path = run.folder / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    if not path.is_file():
+    try:
+        table = load_file(path)
+    except (FileNotFoundError, SafetensorError):  # the first time, or cut short by a power failure
         run.say(f"reference log-probabilities of {len(seen):,} pairs ...")
         table = {}
         gpt.eval()
@@ -190,9 +209,10 @@ def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config,
                 logprobs = gpt.target_logprobs(to_device(batch, run.device)).float().cpu()
                 sizes = [len(rows[row].chosen) + len(rows[row].rejected) for row in batch.rows]
                 table |= {str(row): part.clone() for row, part in zip(batch.rows, logprobs.split(sizes), strict=True)}
-        save_file(table, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
-    return {int(row): logprobs for row, logprobs in load_file(path).items()}
+        with writing(path, sum(4 * len(logprobs) for logprobs in table.values())):
+            save_file(table, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+    return {int(row): logprobs for row, logprobs in table.items()}
 
 
 def main(cfg: Config) -> dict:

@@ -96,11 +96,15 @@ class GPT(nn.Module):
             raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
         self.dropout = 0.0  # applied while training, where GPT-2 has it: embeddings, attention, branches
         self.recompute_activations = False  # gradient checkpointing: a third more time for a fraction of the memory
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head: GPT-2 ties the two
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        tokens = torch.empty(config.vocab_size, config.n_embd)
+        positions = torch.empty(config.n_positions, config.n_embd)
+        # from tables, because nn.Embedding's own initialisation on the meta device takes a second to import a compiler
+        self.wte = nn.Embedding.from_pretrained(tokens, freeze=False)  # also the output head: GPT-2 ties the two
+        self.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.apply(self._init_weights)
+        if not self.wte.weight.is_meta:
+            self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -246,7 +250,6 @@ class Packed:
     def __init__(self, spans):
         self.spans = spans
 
-    @torch.compiler.disable  # spans differ from batch to batch: compiling for each would never end
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         lengths = [end - start for start, end, _, _ in self.spans]
         # split, not slices: the gradient of N-wide slices would be as many N-wide tensors of zeros

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import errno
 import hashlib
 import importlib
@@ -26,7 +27,8 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +38,7 @@ from rich.console import Console
 import data
 
 
-class lazy:  # noqa: N801 - reads like the import that it stands for
+class lazy:
     """`torch = lazy("torch")` imports torch when it is first used: --help must not wait two seconds for it."""
 
     def __init__(self, name: str):
@@ -57,9 +59,10 @@ lora = lazy("lora")
 class Settings:
     """What every stage can be told; a stage's own Config adds the rest and comes first."""
 
-    checks: str = ""  # JSONL of questions with the facts a good reply contains: answered and scored before and after
-    prompts: tuple[str, ...] = ("What does a data scientist do? | What about a machine learning engineer?", "Hello!")
+    # JSONL of questions and the facts a good reply contains, scored before and after; auto: the sample's, for its data
+    checks: str = "auto"
     # conversations answered before, during and after training; " | " separates the turns of one
+    prompts: tuple[str, ...] = ("What does a data scientist do? | What about a machine learning engineer?", "Hello!")
     seed: int = 0  # order of the rows, split, dropout and LoRA's first values
     val_fraction: float = 0.05  # share of the conversation trees held out for validation
     val_rows: int = 256  # of those, how many rows an evaluation takes at most
@@ -94,6 +97,18 @@ class Settings:
     overwrite: bool = False  # start anew in a folder that holds another run
     debug: bool = False  # show the traceback of an error
 
+    def limits(self) -> dict[str, tuple[bool, str]]:
+        """{setting: (whether it makes sense, what does)}"""
+        return {name: (allowed(getattr(self, name)), wanted) for wanted, names, allowed in (
+            ("1 or more", ("steps", "batch_size", "context", "micro_batch_tokens", "log_every", "reply_tokens"),
+             lambda value: value >= 1),
+            ("0 or more", ("val_rows", "eval_every", "save_every", "lora_rank", "weight_decay"),
+             lambda value: 0 <= value < math.inf),
+            ("above 0", ("lr", "clip"), lambda value: value > 0),
+            ("from 0 to 1", ("warmup", "final_lr"), lambda value: 0 <= value <= 1),
+            ("0 or more and below 1", ("val_fraction", "dropout", "lora_dropout", "beta2"),
+             lambda value: 0 <= value < 1)) for name in names}
+
 
 # Settings that may differ when a run is resumed, because the result does not depend on them.
 MAY_DIFFER = {"overwrite", "debug", "config", "preset", "tracker", "save_every", "keep", "out"}
@@ -102,26 +117,31 @@ MAY_DIFFER = {"overwrite", "debug", "config", "preset", "tracker", "save_every",
 def command_line(config: type, presets: dict[str, dict] | None = None, args: list[str] | None = None):
     """The script's Config from its flags: --preset and --config change the defaults, every other flag one value."""
     args = sys.argv[1:] if args is None else args
+    flags = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(config)}
+    for flag in (arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")):
+        if flag[2:] and flag.replace("--no-", "--", 1) not in flags | {"--help"} and not flag.startswith("--tyro-"):
+            near = difflib.get_close_matches(flag, sorted(flags), n=1)
+            raise ValueError(f"there is no {flag}" + (f"; did you mean {near[0]}?" if near else "")
+                             + f"\nAll there are: uv run {Path(sys.argv[0]).name} --help")
     values: dict = {}
     for flag in ("--preset", "--config"):
         for i, arg in enumerate(args):
             value = arg.partition("=")[2] if arg.startswith(flag + "=") else args[i + 1] if (
                 arg == flag and i + 1 < len(args)) else None
-            if value is not None and flag == "--preset":
-                values |= (presets or {}).get(value, {}) | {"preset": value}
-            elif value is not None:
+            if flag == "--preset" and value in (presets or {}):  # tyro refuses others
+                values |= presets[value] | {"preset": value}
+            elif flag == "--config" and value is not None:
                 values |= _saved_config(value, config)
     return tyro.cli(config, default=config(**values), args=args, description=sys.modules[config.__module__].__doc__)
 
 
 def _saved_config(path: str, config: type) -> dict:
     try:
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))["config"]
+        saved = dict(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"error: --config {path} is not the run.json of a run ({error})") from None
-    known = {f.name: f for f in dataclasses.fields(config)}
-    if strangers := sorted(set(saved) - set(known)):
-        raise SystemExit(f"error: --config {path} has a setting that this script does not know: {strangers[0]}")
+        raise ValueError(f"--config {path} is not the run.json of a run ({type(error).__name__}: {error})") from None
+    if strangers := sorted(set(saved) - {f.name for f in dataclasses.fields(config)}):
+        raise ValueError(f"--config {path} has a setting that this script does not know: {strangers[0]}")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k not in ("overwrite", "config")}
 
 
@@ -167,12 +187,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 # ---- processes and device ------------------------------------------------------------------------
 
-SAMPLE_MODEL = Path(__file__).parent / "sample" / "model"
+SAMPLE = Path(__file__).parent / "sample"
 
 
 def find_model(spec: str) -> str:
     """A --model as model.GPT.from_pretrained takes it: `sample` is the bundled base model."""
-    return str(SAMPLE_MODEL) if spec == "sample" and not Path(spec).joinpath("config.json").is_file() else spec
+    return str(SAMPLE / "model") if spec == "sample" and not Path(spec).joinpath("config.json").is_file() else spec
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -208,8 +228,9 @@ def to_device(batch: data.Batch, device: torch.device) -> data.Batch:
 class Run:
     """One run: its processes, its device, its folder, and how it is stopped.
 
-    Used as `with Run("sft", cfg) as run`. Holds the folder's lock, so that two runs cannot share it, and turns the
-    first SIGTERM or Ctrl-C into an orderly stop at the next safe point, the second into an exit at once.
+    Used as `with Run("sft", cfg) as run`. Holds the folder's lock, so that two runs cannot share it. The first SIGTERM
+    or Ctrl-C in the training loop stops it at the next safe point. A second one, and any outside the loop, ends the
+    process on the spot: the folder is whole at every moment, and to raise in the midst of anything is not.
     """
 
     def __init__(self, stage: str, cfg: Settings):
@@ -218,10 +239,10 @@ class Run:
         self.device = pick_device(cfg.device)
         self.dtype = pick_precision(cfg.precision, self.device)
         self.signal = 0
-        self.training = False  # inside the loop a signal waits for a safe point; outside it ends the run at once
+        self.training = False  # in the loop
         self.started = time.perf_counter()
         self.about: dict = {}
-        self.console = Console(soft_wrap=True)
+        self.console = Console(soft_wrap=True, markup=False, emoji=False)  # names and replies are text, brackets or not
 
     @property
     def main(self) -> bool:
@@ -230,40 +251,41 @@ class Run:
     def __enter__(self) -> Run:
         from filelock import FileLock, Timeout
 
+        for name, (fine, wanted) in self.cfg.limits().items():
+            if not fine:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self.cfg, name)}; it has to be {wanted}")
         if self.cfg.batch_size < self.world:
             raise ValueError(f"--batch-size {self.cfg.batch_size} is too few for {self.world} processes")
-        self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         if "RANK" in os.environ and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-        self.lock = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder / ".lock", timeout=0)
         if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(self.folder / ".lock", timeout=0)
             try:
                 self.lock.acquire()
             except Timeout:
-                self.lock = None
                 raise Busy(f"{self.folder} is in use by another process.\n"
                            "Wait for it, or give another folder: --out") from None
+        self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if self.lock:
-            self.lock.release()
+        self.lock.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if torch.distributed.is_initialized() and kind is None:
             torch.distributed.destroy_process_group()
 
     def _on_signal(self, number: int, frame) -> None:
-        if self.signal:
+        if self.signal or not self.training:
             os._exit(128 + number)
         self.signal = number
-        if not self.training:
-            raise Interrupted(number)
-        self.say(f"\n{signal.Signals(number).name}: saving a checkpoint, then stopping (again to stop at once)")
+        if self.main:
+            with contextlib.suppress(OSError):  # not print: that may be what the signal interrupted
+                os.write(2, f"\n{signal.Signals(number).name}: stopping as soon as a checkpoint is saved "
+                            "(again to stop at once)\n".encode())
 
     def stop_point(self, together: bool = True) -> None:
         """Raise Interrupted if a signal has come; several processes decide together, or not at all."""
@@ -282,6 +304,19 @@ class Run:
             torch.distributed.all_reduce(value, getattr(torch.distributed.ReduceOp, how))
         return value.cpu()
 
+    def shared(self, value):
+        """Rank 0's value, on every rank."""
+        box = [value]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(box)
+        return box[0]
+
+    def note(self, **facts) -> None:
+        """Write down in run.json what is now known of the run."""
+        self.about |= facts
+        if self.main:
+            write_file(self.folder / "run.json", json.dumps(self.about, indent=1))
+
     def say(self, text: str = "") -> None:
         if self.main:
             self.console.print(text, markup=False, highlight=False)
@@ -291,7 +326,11 @@ class Run:
 
     def load(self, spec: str) -> model.GPT:
         """The model to train, on the device, with fresh adapters if the run has any."""
-        cfg = self.cfg
+        cfg, folder = self.cfg, Path(find_model(spec))
+        if spec not in model.SIZES and not folder.is_dir():
+            make = "uv run sample/make.py" if spec == "sample" else f"uv run sft.py --out {spec}"
+            raise FileNotFoundError(f"no model at '{folder}' (in {Path.cwd()}).\nTo make one: {make}\n"
+                                    f"Or give --model sample, {', '.join(model.SIZES)}, or the folder of a model.")
         gpt = model.GPT.from_pretrained(find_model(spec))
         if cfg.context > gpt.config.n_positions:
             raise ValueError(f"--context {cfg.context} is more than the {gpt.config.n_positions} positions of {spec}")
@@ -328,6 +367,8 @@ def parallelise(gpt: model.GPT, loss_fn, cfg: Settings, run: Run):
             return loss_fn(self.gpt, batch)
 
     if cfg.compile:
+        # spans differ from batch to batch: compiling for each would never end
+        model.Packed.__call__ = torch.compiler.disable(model.Packed.__call__)
         for block in gpt.h:
             block.compile()  # in place: the weights keep their names
     loss = Loss()
@@ -435,6 +476,26 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def sync_file(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def writing(what: Path, size: int = 0):
+    """Turn the disk's trouble inside into an OSError that names what could not be written, bytes needed and free."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(next(p for p in what.absolute().parents if p.exists())).free
+        raise OSError(getattr(error, "errno", None) or errno.EIO,
+                      f"{what} could not be written: {getattr(error, 'strerror', None) or error}\n"
+                      f"It needs {size:,} bytes; {free:,} are free. Earlier checkpoints are untouched.\n"
+                      "Make room, then run the same command again: it goes on from the newest checkpoint.") from None
+
+
 def write_file(path: Path, text: str) -> None:
     """Write all of a file or nothing: to a temporary name, to the disk, then renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -463,8 +524,7 @@ class State:
     step: int = 0  # optimiser steps done
     tokens: int = 0  # tokens trained on
     budget: int = 0  # micro-batch tokens, halved when memory ran out
-    val_loss: float | None = None  # at this step, if it was measured
-    best: float | None = None  # lowest validation loss so far
+    record: dict = field(default_factory=dict)  # what the step measured; it is logged after the step's evaluation
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -474,22 +534,31 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 def verify_checkpoint(folder: Path) -> str:
     """Why a checkpoint cannot be trusted, or "" if every file is as its manifest says."""
+    name = "manifest.json"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        files = {name: (about["size"], about["sha256"]) for name, about in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its manifest is missing or damaged ({type(error).__name__})"
-    if set(files) != {"model.safetensors", "optimizer.safetensors", "state.json"}:
-        return "its manifest does not list the files of a checkpoint"
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if sha256(path) != digest:
+        text = (folder / name).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if text != sealed(manifest):
             return f"{name} is damaged (its sha256 differs)"
+        for name, about in manifest["files"].items():
+            size = (folder / name).stat().st_size
+            if size != about["size"]:
+                return f"{name} has {size} bytes instead of {about['size']}"
+            if sha256(folder / name) != about["sha256"]:
+                return f"{name} is damaged (its sha256 differs)"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{name} is damaged"
     return ""
+
+
+def sealed(about: dict) -> str:
+    """The text of a manifest, which ends with the sha256 of what is before that."""
+    about = {key: value for key, value in about.items() if key != "sha256"}
+    return json.dumps(about | {"sha256": hashlib.sha256(json.dumps(about).encode()).hexdigest()}, indent=1)
 
 
 def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run: Run) -> None:
@@ -498,66 +567,55 @@ def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run:
     Into a temporary folder, everything to the disk, the manifest with sizes and sha256 last, then one rename. Older
     ones go only after the new one has been read back. Raises OSError with the bytes needed and free.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     weights = whole_weights(gpt, run, frozen=False)
-    flat = get_optimizer_state_dict(gpt, optimizer, options=_state_options(run, flatten_optimizer_state_dict=True))
+    moments = get_optimizer_state_dict(gpt, optimizer, options=_state_options(run))
     if not run.main:
         return
-    tensors = {k: v.contiguous() for k, v in flat.items() if hasattr(v, "dtype")}
-    numbers = {k: v for k, v in flat.items() if not hasattr(v, "dtype")}
+    tensors = {f"{name}.{kind}": moment.contiguous()
+               for name, kinds in moments["state"].items() for kind, moment in kinds.items()}
     folder = run.folder / "checkpoints" / f"step-{state.step:08d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
     if folder.is_dir():
         if not verify_checkpoint(folder):
             return
         shutil.rmtree(folder)
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(weights, temporary / "model.safetensors")
-        save_file(tensors, temporary / "optimizer.safetensors")
-        write_file(temporary / "state.json", json.dumps({"state": asdict(state), "optimizer": numbers}))
-        files = {}
-        for path in sorted(temporary.iterdir()):
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-            files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-        manifest = {"files": files, "config": asdict(cfg), "versions": versions()}
-        write_file(temporary / "manifest.json", json.dumps(manifest, indent=1))
-        os.replace(temporary, folder)
-        sync_folder(folder.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values()))
-        raise OSError(getattr(error, "errno", None) or errno.EIO, _no_room(folder, needed, error)) from None
-    if why := verify_checkpoint(folder):
-        raise OSError(errno.EIO, f"{folder} was written but {why}; older checkpoints were kept")
+    with writing(folder, sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values()))):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            save_file(weights, temporary / "model.safetensors")
+            save_file(tensors, temporary / "optimizer.safetensors")
+            rest = {"state": asdict(state), "param_groups": moments["param_groups"]}
+            write_file(temporary / "state.json", json.dumps(rest))
+            files = {}
+            for path in sorted(temporary.iterdir()):
+                sync_file(path)
+                files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+            write_file(temporary / "manifest.json",
+                       sealed({"files": files, "config": asdict(cfg), "versions": versions()}))
+            sync_file(run.folder / "metrics.jsonl")  # whose lines before this step are not written again
+            os.replace(temporary, folder)
+            sync_folder(folder.parent)
+            if why := verify_checkpoint(folder):
+                raise OSError(errno.EIO, f"read back, {why}")
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     _prune_checkpoints(run.folder, cfg.keep)
-
-
-def _no_room(folder: Path, needed: int, error: Exception) -> str:
-    free = shutil.disk_usage(next(p for p in folder.parents if p.exists())).free
-    return (f"{folder} could not be written: {getattr(error, 'strerror', None) or error}\n"
-            f"It needs {needed:,} bytes; {free:,} are free. Earlier checkpoints are untouched.\n"
-            "Make room, then run the same command again: it goes on from the newest checkpoint.")
 
 
 def _prune_checkpoints(folder: Path, keep: int) -> None:
     """Keep the newest (at least two) and the one with the lowest validation loss."""
-    losses = {}
-    for path in checkpoint_folders(folder):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            losses[path] = json.loads((path / "state.json").read_text())["state"]["val_loss"]
-    measured = [path for path, loss in losses.items() if loss is not None]
-    best = min(measured, key=losses.get, default=None)
+    losses = {f"step-{r['step']:08d}": r["val_loss"] for r in read_metrics(folder) if "val_loss" in r}
+    best = min((p for p in checkpoint_folders(folder) if p.name in losses), key=lambda p: losses[p.name], default=None)
     for path in checkpoint_folders(folder)[max(2, keep):]:
         if path != best:
             # renamed first: a half-deleted folder must not look like a checkpoint
             doomed = path.with_name(f".{path.name}.old")
-            os.replace(path, doomed)
+            with contextlib.suppress(OSError):  # the next save tries again
+                os.replace(path, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -570,20 +628,28 @@ def load_checkpoint(gpt: model.GPT, optimizer, run: Run) -> State | None:
         set_optimizer_state_dict,
     )
 
-    for leftover in (run.folder / "checkpoints").glob(".step-*") if run.main else ():
-        shutil.rmtree(leftover, ignore_errors=True)
-    for folder in checkpoint_folders(run.folder):
-        if why := verify_checkpoint(folder):
-            run.say(f"skipped {folder}: {why}")
-            continue
-        saved = json.loads((folder / "state.json").read_text())
-        options = StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
-        set_model_state_dict(gpt, load_file(folder / "model.safetensors"), options=options)
-        flat = load_file(folder / "optimizer.safetensors") | saved["optimizer"]
-        set_optimizer_state_dict(gpt, optimizer, flat, options=replace(options, flatten_optimizer_state_dict=True))
-        run.say(f"resumed {folder}")
-        return State(**saved["state"])
-    return None
+    weights, moments, state = {}, {}, None
+    if run.main:  # the others get it from rank 0, which has the run's folder
+        for leftover in (run.folder / "checkpoints").glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for folder in checkpoint_folders(run.folder):
+            if why := verify_checkpoint(folder):
+                run.say(f"skipped {folder}: {why}")
+                continue
+            saved = json.loads((folder / "state.json").read_text())
+            weights, state = load_file(folder / "model.safetensors"), State(**saved["state"])
+            moments = {"state": defaultdict(dict), "param_groups": saved["param_groups"]}
+            for key, moment in load_file(folder / "optimizer.safetensors").items():
+                name, _, kind = key.rpartition(".")
+                moments["state"][name][kind] = moment
+            run.say(f"resumed {folder}")
+            break
+    if state := run.shared(state):
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=run.world > 1, strict=False,
+                                   ignore_frozen_params=True)
+        set_model_state_dict(gpt, weights, options=options)
+        set_optimizer_state_dict(gpt, optimizer, moments, options=options)
+    return state
 
 
 def _state_options(run: Run, **more):
@@ -609,7 +675,7 @@ def open_folder(run: Run, about: dict) -> dict:
     about = {"stage": run.stage, "config": asdict(cfg), "versions": versions()} | run.about | about
     old = {}
     if run.main:
-        if cfg.overwrite:
+        if cfg.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # not a run's own restart
             for name in ("checkpoints", "adapter"):
                 shutil.rmtree(run.folder / name, ignore_errors=True)
             for name in ("run.json", "metrics.jsonl", "model.safetensors", "config.json"):
@@ -628,10 +694,7 @@ def open_folder(run: Run, about: dict) -> dict:
                              "Use another --out, or --overwrite to start anew")
         else:
             write_file(path, json.dumps(about, indent=1))
-    if run.world > 1:
-        box = [old]
-        torch.distributed.broadcast_object_list(box)
-        old = box[0]
+    old = run.shared(old)
     run.about = old or about
     return old
 
@@ -665,8 +728,7 @@ def export(gpt: model.GPT, cfg: Settings, run: Run) -> None:
         shutil.rmtree(run.folder / "adapter", ignore_errors=True)
     for path in sorted(temporary.iterdir()):
         for file in path.rglob("*") if path.is_dir() else [path]:
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
+            sync_file(file)
         os.replace(path, run.folder / path.name)
     temporary.rmdir()
     sync_folder(run.folder)
@@ -682,10 +744,10 @@ class Log:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.run, self.path = run, run.folder / "metrics.jsonl"
-        if run.main:  # lines after the checkpoint will be written again
+        if run.main:  # the line of the checkpoint's step and those after it will be written again
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
             records = (_parsed(line) for line in lines)
-            write_file(self.path, "".join(json.dumps(r) + "\n" for r in records if r and r["step"] <= state.step))
+            write_file(self.path, "".join(json.dumps(r) + "\n" for r in records if r and r["step"] < state.step))
             self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self.tracker = _tracker(run) if run.main else None
         self.bar = None
@@ -698,8 +760,9 @@ class Log:
     def write(self, record: dict) -> None:
         if not self.run.main:
             return
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
         if self.tracker:
             self.tracker(record)
         line = summary(record)
@@ -712,7 +775,8 @@ class Log:
         if self.bar:
             self.bar.stop()
         if self.run.main:
-            self.file.close()
+            with contextlib.suppress(OSError):  # of a full disk, which has been reported
+                self.file.close()
 
 
 def _parsed(line: str) -> dict | None:
@@ -777,7 +841,8 @@ def plot_curves(folders: list[Path], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    runs = {Path(f).name: read_metrics(f) for f in folders}
+    names = [Path(f).name for f in folders]
+    runs = {str(f) if names.count(name) > 1 else name: read_metrics(f) for name, f in zip(names, folders, strict=True)}
     present = {key for records in runs.values() for record in records for key in record}
     panels = [panel for panel in PANELS if present & set(panel[1])]
     columns = min(4, len(panels)) if len(panels) != 4 else 2
@@ -808,7 +873,7 @@ def plot_curves(folders: list[Path], path: Path) -> None:
 
 def answer(gpt: model.GPT, conversations: list[data.Conversation], max_new_tokens: int) -> list[tuple[str, bool]]:
     """The likeliest reply to each conversation, and whether it ended by itself."""
-    room = gpt.config.n_positions - max_new_tokens
+    room = max(1, gpt.config.n_positions - max_new_tokens)
     prompts = [data.render(c, reply=True)[0].tolist()[-room:] for c in conversations]
     training = gpt.training
     gpt.eval()
@@ -847,8 +912,9 @@ def assess(gpt: model.GPT, cfg: Settings, run: Run) -> dict:
     if not run.main:
         return {}
     found = {"replies": converse(gpt, cfg.prompts, cfg.reply_tokens)}
-    if cfg.checks:
-        checks = data.read_checks(cfg.checks)
+    own = SAMPLE / "checks.jsonl" if cfg.data == ("sample",) else ""
+    if path := own if cfg.checks == "auto" else cfg.checks:
+        checks = data.read_checks(path)
         replies = answer(gpt, [check.messages for check in checks], cfg.reply_tokens)
         found["checks"] = data.tally([data.judge(check, text, ended)
                                       for check, (text, ended) in zip(checks, replies, strict=True)])
@@ -858,13 +924,14 @@ def assess(gpt: model.GPT, cfg: Settings, run: Run) -> dict:
 def checks_table(before: dict, after: dict):
     """The scores of two assessments side by side, as a rich table."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="checks, before -> after", title_justify="left")
     for column in ("group", "questions", "correct", "facts per reply", "end by themselves", "words per reply"):
         table.add_column(column, justify="left" if column == "group" else "right")
     for group, now in after.items():
         was = before.get(group, now)
-        table.add_row(group, str(now["n"]), f"{was['correct']:.1%} -> {now['correct']:.1%}",
+        table.add_row(Text(data.visible(group)), str(now["n"]), f"{was['correct']:.1%} -> {now['correct']:.1%}",
                       f"{was['facts']:.2f} -> {now['facts']:.2f}", f"{was['ended']:.1%} -> {now['ended']:.1%}",
                       f"{was['words']:.1f} -> {now['words']:.1f}")
     return table
@@ -895,7 +962,7 @@ def means(totals: dict[str, float]) -> dict[str, float]:
 
 
 def without_targets(batch: data.Batch) -> data.Batch:
-    """The batch with nothing to learn from: what a process computes while others are busy with more (FSDP)."""
+    """The batch with nothing to learn from: what a process computes while others are busy with more."""
     return replace(batch, index=batch.index[:0], targets=batch.targets[:0], reply=batch.reply[:0],
                    rows=batch.rows[:0], replies=0)
 
@@ -910,14 +977,12 @@ def step_batches(rows: data.Data, cfg: Settings, run: Run):
 
 
 def _share(rows: list, indices, budget: int, cfg: Settings, run: Run) -> list[data.Batch]:
+    """This process's micro-batches: one at least, and under FSDP, whose gathers are collective, as many as any has."""
     by_length = sorted(indices, key=lambda i: len(rows[i]))
-    shares = [data.micro_batches(rows, by_length[rank::run.world], budget)
-              for rank in (range(run.world) if cfg.fsdp else [run.rank])]
-    mine = shares[run.rank if cfg.fsdp else 0]
-    if cfg.fsdp:  # its gathers are collective: all processes take equally many
-        spare = next(share[0] for share in shares if share)
-        mine = mine + [without_targets(spare)] * (max(map(len, shares)) - len(mine))
-    return mine
+    shares = {rank: data.micro_batches(rows, by_length[rank::run.world], budget)
+              for rank in (range(run.world) if cfg.fsdp else [run.rank])}
+    missing = max(1, *map(len, shares.values())) - len(shares[run.rank])
+    return shares[run.rank] + [without_targets(data.pack(rows, by_length[:1]))] * missing
 
 
 def validation_batches(rows: data.Data, cfg: Settings, run: Run) -> list[data.Batch]:
@@ -957,30 +1022,29 @@ def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch],
     state = load_checkpoint(gpt, optimizer, run) or State(budget=cfg.micro_batch_tokens)
     gpt.train()
     log = Log(run, state)
-    last: dict = {}
     saved = state.step
     run.training = True
     try:
-        if state.step == 0:
-            run.about["before"] |= _prefixed(evaluate(loss, val_batches, run))
-            run.say(f"before the first step: {summary(run.about['before']) or 'no validation rows'}")
-        while state.step < cfg.steps:
-            record = _step_with_memory(loss, gpt, optimizer, train_batches, state, cfg, run)
-            due = state.step == cfg.steps or (cfg.eval_every and state.step % cfg.eval_every == 0)
-            state.val_loss = None
-            if due and val_batches:
-                measured = _prefixed(evaluate(loss, val_batches, run))
-                record |= measured
-                state.val_loss = measured["val_loss"]
-                state.best = min(state.best if state.best is not None else math.inf, state.val_loss)
-            last = record
-            if due or state.step % cfg.log_every == 0:
-                log.write(record)
+        while True:  # a step is saved, then evaluated and logged: a run that is resumed begins with the latter
+            due = state.step in (0, cfg.steps) or (cfg.eval_every and state.step % cfg.eval_every == 0)
+            measured = _prefixed(evaluate(loss, val_batches, run)) if due else {}
+            if not math.isfinite(measured.get("val_loss", 0.0)):
+                raise FloatingPointError(
+                    f"the validation loss after step {state.step} is {measured['val_loss']:g}.\n"
+                    + (_advice(cfg) if state.step else f"The weights of {cfg.model} are not fit to train from."))
+            if state.step == 0:
+                run.note(before=run.about["before"] | measured)
+                run.say(f"before the first step: {summary(measured) or 'no validation rows'}")
+            elif due or state.step % cfg.log_every == 0:
+                log.write(state.record | measured)
+            if state.step == cfg.steps:
+                return state.record | measured
+            if due and state.step:
+                _show(gpt, cfg, run)
+            state.record = _step_with_memory(loss, gpt, optimizer, train_batches, state, cfg, run)
             if state.step == cfg.steps or (cfg.save_every and state.step % cfg.save_every == 0):
                 save_checkpoint(gpt, optimizer, state, cfg, run)
                 saved = state.step
-            if due and state.step < cfg.steps:
-                _show(gpt, cfg, run)
             run.stop_point()
     except Interrupted as stop:
         if state.step > saved:
@@ -990,9 +1054,11 @@ def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch],
     finally:
         run.training = False
         log.close()
-    if not last and run.main:
-        last = next((r for r in reversed(read_metrics(run.folder)) if r["step"] == state.step), {})
-    return last
+
+
+def _advice(cfg: Settings) -> str:
+    return (f"Try a lower rate: --lr {cfg.lr / 3:.1e} --overwrite\n"
+            f"or look at the data: uv run data.py {' '.join(cfg.data)}")
 
 
 def _prefixed(metrics: dict) -> dict:
@@ -1058,9 +1124,7 @@ def _step(loss, gpt, optimizer, batches: list[data.Batch], state: State, cfg: Se
         raise FloatingPointError(
             f"step {state.step + 1}: loss {totals['loss'] / max(totals['count'], 1):g}, gradient norm {norm:g}, "
             f"rate {lr:.2e}; rows {', '.join(map(str, rows[:12]))}{' ...' if len(rows) > 12 else ''}.\n"
-            "The step was not taken and nothing of it was saved.\n"
-            f"Try a lower rate: --lr {cfg.lr / 3:.1e} --overwrite\n"
-            f"or look at the data: uv run data.py {' '.join(cfg.data)}")
+            "The step was not taken and nothing of it was saved.\n" + _advice(cfg))
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -1108,34 +1172,29 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
     if run.main:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in facts.items():
-            table.add_row(name, value)
+            table.add_row(name, data.visible(value))
         changed = {k: v for k, v in asdict(cfg).items() if v != getattr(type(cfg)(), k)}
-        table.add_row("settings", ", ".join(f"{k}={v}" for k, v in changed.items()) or "the defaults")
+        table.add_row("settings", data.visible(", ".join(f"{k}={v}" for k, v in changed.items())) or "the defaults")
         run.console.print(table)
         if free and need > free:
             run.say(f"This will hardly fit. Try --micro-batch-tokens {max(cfg.context, cfg.micro_batch_tokens // 2)}, "
                     "--recompute, --lora-rank 8, or a smaller --model.")
     if "before" not in run.about:
-        found = assess(gpt, cfg, run)
-        run.about["before"] = found
-        if run.main:
-            write_file(run.folder / "run.json", json.dumps(run.about, indent=1))
+        run.note(before=assess(gpt, cfg, run))
     return True
 
 
 def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command: str) -> dict:
     """Export the model, answer the prompts again, draw the curves, and name the next command."""
     after = assess(gpt, cfg, run)
-    export(gpt, cfg, run)
-    if not run.main:
-        return metrics
-    plot_curves([run.folder], run.folder / "curves.png")
-    before = run.about["before"]
-    write_file(run.folder / "samples.md", _samples(run, before, after))
-    final = {k: v for k, v in metrics.items() if k != "step"}
-    run.about |= {"after": after, "metrics": final, "finished": True,
-                  "seconds": round(time.perf_counter() - run.started, 1)}
-    write_file(run.folder / "run.json", json.dumps(run.about, indent=1))
+    before, final = run.about["before"], {k: v for k, v in metrics.items() if k != "step"}
+    with writing(run.folder / "model.safetensors", 4 * run.about["model"]["parameters"]):
+        export(gpt, cfg, run)
+        if not run.main:
+            return metrics
+        plot_curves([run.folder], run.folder / "curves.png")
+        write_file(run.folder / "samples.md", _samples(run, before, after))
+        run.note(after=after, metrics=final, finished=True, seconds=round(time.perf_counter() - run.started, 1))
     for talk in after["replies"]:
         run.say("\n" + data.transcript(talk))
     if "checks" in after:
@@ -1175,24 +1234,28 @@ class Compare:
 def compare(cfg: Compare) -> None:
     from rich.table import Table
 
-    table = Table()
-    for column in ("run", "steps", "loss", "val loss", "reward accuracy", "checks correct", "facts per reply", "tok/s",
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("run", overflow="fold")
+    for column in ("steps", "loss", "val loss", "reward\naccuracy", "checks\ncorrect", "facts\nper reply", "tok/s",
                    "peak GB"):
-        table.add_column(column, justify="left" if column == "run" else "right")
+        table.add_column(column, justify="right", no_wrap=True)
     for folder in map(Path, cfg.runs):
         records = read_metrics(folder)
+        if not records:
+            raise ValueError(f"'{folder}' has not come to its first step: its metrics.jsonl is empty")
         about = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").is_file() else {}
         newest = {k: v for record in records for k, v in record.items()}
         scores = about.get("after", {}).get("checks", {}).get("all", {})
         cells = [("step", "{:,}"), ("loss", "{:.4f}"), ("val_loss", "{:.4f}"), ("val_reward_accuracy", "{:.1%}")]
-        table.add_row(str(folder), *(form.format(newest[key]) if key in newest else "-" for key, form in cells),
+        table.add_row(data.visible(str(folder)),
+                      *(form.format(newest[key]) if key in newest else "-" for key, form in cells),
                       f"{scores['correct']:.1%}" if scores else "-", f"{scores['facts']:.2f}" if scores else "-",
                       f"{newest.get('tokens_per_second', 0):,.0f}", f"{newest.get('peak_memory_bytes', 0) / 1e9:.2f}")
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     plot_curves([Path(f) for f in cfg.runs], Path(cfg.out))
-    console = Console()
+    console = Console(markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
     console.print(table)
-    console.print(f"picture: {cfg.out}", markup=False)
+    console.print(f"picture: {cfg.out}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,232 @@
+"""One measurement in a process of its own: `worker.py SYSTEM TASK FOLDER DATA OUT OPTIONS-AS-JSON`.
+
+SYSTEM is ours, trl, transformers or ctranslate2. Prints one JSON object. The peak memory is this process's alone, and
+every system counts the same thing: real tokens (or pairs) trained on, not padding, in the steps after the first.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402
+
+import data  # noqa: E402
+
+LENGTH = 512
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def conversations(path: str) -> list:
+    """The rows that every system is given: at most LENGTH tokens, in one fixed order."""
+    rows = data.load_rows([path], context=LENGTH, val_fraction=0.0, seed=0).train
+    return [rows[i] for i in data.order(len(rows), len(rows), 0, 0)]
+
+
+def preferences(path: str) -> list:
+    pairs = data.load_pairs([path], context=LENGTH, val_fraction=0.0, seed=0).train
+    return [pairs[i] for i in data.order(len(pairs), len(pairs), 0, 0)]
+
+
+# ---- ours ----------------------------------------------------------------------------------------
+
+
+def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> dict:
+    """The script's own main(), with evaluation, replies and saving left out as far as the settings allow."""
+    import dpo
+    import sft
+    import train
+
+    stage = dpo if task == "dpo-lora" else sft
+    cfg = stage.Config(model=folder, data=(path,), out=out, steps=options["steps"], batch_size=options["batch"],
+                       context=LENGTH, lora_rank=0 if task == "sft-full" else options["rank"], checks="", prompts=(),
+                       val_fraction=0.0, eval_every=0, save_every=0, overwrite=True, lr=1e-5,
+                       micro_batch_tokens=options["micro_batch_tokens"], recompute=options.get("recompute", False))
+    started = time.perf_counter()
+    taken = {}
+    original = train.save_checkpoint  # the checkpoint after the last step is not training: TRL saves none here
+    train.save_checkpoint = lambda *_: taken.setdefault("peak", peak())
+    try:
+        stage.main(cfg)
+    finally:
+        train.save_checkpoint = original
+    records = train.read_metrics(Path(out))[1:]
+    tokens = [r["tokens_per_second"] for r in records]
+    result = {"tokens_per_second": sorted(tokens)[len(tokens) // 2], "peak": taken["peak"],
+              "wall": time.perf_counter() - started}
+    if task == "dpo-lora":
+        pairs = [r["pairs_per_second"] for r in records]
+        result["pairs_per_second"] = sorted(pairs)[len(pairs) // 2]
+    return result
+
+
+def ours_generate(folder: str, options: dict) -> dict:
+    import model
+
+    gpt = model.GPT.from_pretrained(folder).eval()
+    if options.get("dtype", "fp32") == "bf16":
+        gpt = gpt.bfloat16()
+    if options.get("int8"):
+        model.quantize(gpt)
+
+    def run(prompt: list[int], new: int) -> list[float]:
+        stamps = [time.perf_counter()]
+        for _ in model.generate(gpt, prompt, new, temperature=0, stop=None):
+            stamps.append(time.perf_counter())
+        return stamps
+
+    return decode_figures(run, options)
+
+
+# ---- the others ----------------------------------------------------------------------------------
+
+
+def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dict:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    lora = LoraConfig(r=options["rank"], lora_alpha=16, target_modules=["c_attn", "c_proj", "c_fc"],
+                      fan_in_fan_out=True, task_type="CAUSAL_LM")
+    common = {"output_dir": out, "per_device_train_batch_size": options["batch"], "max_steps": options["steps"],
+              "learning_rate": 1e-5, "save_strategy": "no", "report_to": "none", "logging_steps": 1, "max_length": LENGTH,
+              "gradient_checkpointing": options.get("recompute", False), "bf16": False, "use_cpu": True,
+              "dataloader_pin_memory": False, "disable_tqdm": True}
+    stamps = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            stamps.append([time.perf_counter(), 0.0])
+
+        def on_step_end(self, *_, **__):
+            stamps[-1][1] = time.perf_counter()
+
+    counted = []
+    count = options["batch"] * options["steps"]
+    if task == "dpo-lora":
+        rows = [{"prompt": data.messages_of(p.prompt)[:-1], "chosen": [{"role": "assistant", "content": data.text_of(p.chosen[:-1])}],
+                 "rejected": [{"role": "assistant", "content": data.text_of(p.rejected[:-1])}]} for p in preferences(path)[:count]]
+        trainer = DPOTrainer(network, args=DPOConfig(**common, beta=0.1), train_dataset=Dataset.from_list(rows),
+                             processing_class=tokenizer, peft_config=lora, callbacks=[Clock()])
+    else:
+        rows = [{"messages": data.messages_of(r.ids)} for r in conversations(path)[:count]]
+        trainer = SFTTrainer(network, args=SFTConfig(**common, assistant_only_loss=True, packing=False),
+                             train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                             peft_config=lora if task == "sft-lora" else None, callbacks=[Clock()])
+    original = trainer.training_step
+
+    def counting(module, inputs, *more):
+        counted.append(int(inputs["attention_mask"].sum()))
+        return original(module, inputs, *more)
+
+    trainer.training_step = counting
+    trainer.train()
+    seconds = [end - begin for begin, end in stamps]
+    speeds = sorted(n / s for n, s in list(zip(counted, seconds, strict=True))[1:])
+    result = {"tokens_per_second": speeds[len(speeds) // 2], "peak": peak()}
+    if task == "dpo-lora":
+        pairs = sorted(options["batch"] / s for s in seconds[1:])
+        result["pairs_per_second"] = pairs[len(pairs) // 2]
+    return result
+
+
+def transformers_generate(folder: str, options: dict) -> dict:
+    from transformers import AutoModelForCausalLM
+    from transformers.generation.streamers import BaseStreamer
+
+    dtype = torch.bfloat16 if options.get("dtype", "fp32") == "bf16" else torch.float32
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+    class Clock(BaseStreamer):
+        def __init__(self):
+            self.stamps = []
+
+        def put(self, value):
+            self.stamps.append(time.perf_counter())
+
+        def end(self):
+            pass
+
+    def run(prompt: list[int], new: int) -> list[float]:
+        clock = Clock()
+        network.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=new,
+                         min_new_tokens=new, do_sample=False, streamer=clock, pad_token_id=data.EOT)
+        return clock.stamps  # the first stamp is the prompt's own
+
+    return decode_figures(run, options)
+
+
+def ctranslate2_generate(folder: str, out: str, options: dict) -> dict:
+    import ctranslate2
+
+    kind = "int8" if options.get("int8") else "float32"
+    if not Path(out, "model.bin").exists():
+        ctranslate2.converters.TransformersConverter(folder).convert(out, quantization=kind, force=True)
+    engine = ctranslate2.Generator(out, compute_type=kind, intra_threads=torch.get_num_threads())
+    names = json.loads(Path(folder, "vocab.json").read_text())
+    names = {i: token for token, i in names.items()}
+
+    def run(prompt: list[int], new: int) -> list[float]:
+        stamps = [time.perf_counter()]
+        for _ in engine.generate_tokens([names[i] for i in prompt], max_length=new, min_length=new, sampling_topk=1):
+            stamps.append(time.perf_counter())
+        return stamps
+
+    return decode_figures(run, options)
+
+
+def decode_figures(run, options: dict) -> dict:
+    """Time to the first token and tokens per second after it, behind prompts of 64 and 900 tokens."""
+    torch.manual_seed(0)
+    figures = {}
+    for context in options["contexts"]:
+        prompt = torch.randint(0, 50000, (context,)).tolist()
+        run(prompt, 4)
+        stamps = run(prompt, options["new"])
+        figures[f"first_{context}"] = stamps[1] - stamps[0]
+        figures[f"decode_{context}"] = (len(stamps) - 2) / (stamps[-1] - stamps[1])
+    return figures | {"peak": peak()}
+
+
+def matmul() -> dict:
+    """The machine's own rate of matrix products, in GFLOP/s."""
+    rates = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = torch.randn(1536, 1536).to(dtype), torch.randn(1536, 1536).to(dtype)
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        rates[name] = 2 * 1536**3 / min(times) / 1e9
+    return rates
+
+
+def main() -> None:
+    system, task, folder, path, out, options = sys.argv[1:7]
+    options = json.loads(options)
+    torch.set_num_threads(options["threads"])
+    if task == "matmul":
+        result = matmul()
+    elif task == "decode":
+        result = {"ours": lambda: ours_generate(folder, options),
+                  "transformers": lambda: transformers_generate(folder, options),
+                  "ctranslate2": lambda: ctranslate2_generate(folder, out, options)}[system]()
+    else:
+        result = (ours_train if system == "ours" else trl_train)(task, folder, path, out, options)
+    print("RESULT " + json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

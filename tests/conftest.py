@@ -1,0 +1,46 @@
+"""What the tests share: no network, two threads, laws that hold on every machine, and small random GPT-2 folders."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported: so before anything else
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(min(2, torch.get_num_threads()))  # the tests have two cores; OMP_NUM_THREADS=1 is obeyed
+settings.register_profile("laws", deadline=None, derandomize=True, database=None)  # the same examples for everyone
+settings.load_profile("laws")
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory):
+    """A function that lets transformers write a random GPT-2 into a new folder.
+
+    `gpt2_folder(n_embd=32, n_head=2, ...)` takes GPT2Config's settings. Every parameter is random, biases and layer
+    norms too, and larger than at a real start: a bias that is left out or two weights that change places then show in
+    the first digits, and the likeliest next token is likeliest by far.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def make(seed=0, spread=0.1, **config):
+        torch.manual_seed(seed)
+        theirs = GPT2LMHeadModel(GPT2Config(**config))
+        with torch.no_grad():
+            for weight in theirs.transformer.parameters():
+                weight.add_(torch.randn_like(weight) * spread)
+        folder = tmp_path_factory.mktemp("gpt2")
+        theirs.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(gpt2_folder):
+    """The folder of a random GPT-2 with the real vocabulary and context but 32 wide: 1.6 million parameters.
+
+    Shared by all tests: read it, never write into it.
+    """
+    return gpt2_folder(n_embd=32, n_layer=2, n_head=2, vocab_size=50257, n_positions=1024)

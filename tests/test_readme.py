@@ -1,0 +1,70 @@
+"""Every command of the README parses, every Python block in it runs."""
+
+import importlib
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+import data
+import train
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line and line[0] != "#"]
+SNIPPETS = [block for kind, block in BLOCKS if kind == "python"]
+
+
+def test_the_readme_has_what_is_tested_here():
+    assert len(COMMANDS) >= 15 and len(SNIPPETS) >= 4
+    for wanted in ("uv run sft.py", "uv run dpo.py", "uv run chat.py"):
+        assert any(command.startswith(wanted) for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_parses(command, monkeypatch):
+    words = shlex.split(command, comments=True)
+    assert words[:2] == ["uv", "run"]
+    place = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "pytest")
+    if words[place] == "pytest":
+        return
+    script, args = ROOT / words[place], words[place + 1:]
+    assert script.is_file(), f"{script} does not exist"
+    if "torchrun" in words:
+        from torch.distributed.run import parse_args
+
+        assert parse_args(words[words.index("torchrun") + 1:]).training_script == words[place]
+    monkeypatch.syspath_prepend(str(script.parent))
+    module = importlib.import_module(script.stem)
+    if script.stem in ("sft", "dpo", "chat", "train", "make"):
+        config = module.Compare if script.stem == "train" else module.Config
+        train.command_line(config, getattr(module, "PRESETS", None), args)
+    else:
+        positional = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff) if script.stem == "data" else ()
+        tyro.cli(module.Config, args=args, config=positional)
+    sys.modules.pop("run", None)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[0])
+def test_snippet_runs(snippet, tmp_path, monkeypatch, tiny_model):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "DATA_SETS", dict(data.DATA_SETS))
+    shutil.copytree(tiny_model, tmp_path / "runs" / "dpo")
+    data.save_tokenizer(tmp_path / "runs" / "dpo")
+    names: dict = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    if "read_dialogs" in names:  # the data set that it adds can be read
+        (tmp_path / "d.jsonl").write_text('{"turns": ["Hi", "Hello!"]}\n{"turns": ["Bye", "See you."]}\n')
+        rows = data.load_rows(["dialogs:d.jsonl"], val_fraction=0.0).train
+        assert "Hello!" in data.text_of(rows[0].ids) + data.text_of(rows[1].ids)
+    if "hinge" in names:
+        import torch
+
+        import dpo
+
+        side = dpo.Replies(torch.tensor([-1.0]), torch.tensor([-1.0]), torch.tensor([1.0]))
+        assert dpo.LOSSES.pop("hinge")(side, side, dpo.Config()).item() == 1.0
