@@ -292,8 +292,9 @@ class Chat:
         folder = find_model(name)
         if not Path(folder, "config.json").is_file() and not re.fullmatch(r"gpt2(-medium|-large|-xl)?", name):
             missing = "it has no config.json" if Path(folder).is_dir() else f"there is no such folder in {Path.cwd()}"
-            raise FileNotFoundError(f"no model in '{name}': {missing}\nWanted: a run's folder, sample, gpt2, "
-                                    "gpt2-medium, gpt2-large or gpt2-xl; to train one: uv run sft.py")
+            raise FileNotFoundError(f"no model in '{name}': {missing}\n"
+                                    "Wanted: a run's folder, sample, gpt2, gpt2-medium, gpt2-large or gpt2-xl\n"
+                                    "To train one: uv run sft.py")
 
         def load():
             device = pick_device(cfg.device)
@@ -685,7 +686,7 @@ def prompt_reader(session: Session) -> Callable[[], str]:
     from prompt_toolkit.application import get_app
     from prompt_toolkit.completion import Completer, Completion, PathCompleter
     from prompt_toolkit.document import Document
-    from prompt_toolkit.filters import Condition
+    from prompt_toolkit.filters import Condition, is_searching
     from prompt_toolkit.history import FileHistory, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
     from prompt_toolkit.output import ColorDepth, create_output
@@ -712,18 +713,18 @@ def prompt_reader(session: Session) -> Callable[[], str]:
 
     keys = KeyBindings()
 
-    @keys.add("enter")
+    @keys.add("enter", filter=~is_searching)  # Ctrl-R's search has an Enter and a Ctrl-C of its own
     def _(event):
         if event.current_buffer.text.endswith("\\"):
             event.current_buffer.newline(copy_margin=False)
         else:
             event.current_buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
+    @keys.add("escape", "enter", filter=~is_searching)
     def _(event):
         event.current_buffer.newline(copy_margin=False)
 
-    @keys.add("c-c")
+    @keys.add("c-c", filter=~is_searching)
     def _(event):
         if event.current_buffer.text:
             event.current_buffer.append_to_history()  # Up brings it back
@@ -732,7 +733,7 @@ def prompt_reader(session: Session) -> Callable[[], str]:
             event.app.exit(exception=KeyboardInterrupt)
 
     def placeholder():
-        hidden = get_app().is_done or not session.screen.colour or session.draft
+        hidden = get_app().is_done or is_searching() or not session.screen.colour
         hint = f"Message, or /help{f' ({session.chats[0].used})' if session.chats[0].stats.written else ''}"
         return ANSI("" if hidden or len(hint) > session.screen.width() - 3 else session.screen.paint(hint, "note"))
 

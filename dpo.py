@@ -44,6 +44,7 @@ class Config(Settings):
     batch_size: int = 32  # pairs a step, over all processes
     lr: float = 1e-4  # highest learning rate
     lora_rank: int = 8  # rank of the LoRA adapters; 0 trains all weights
+    dropout: float = 0.0  # left out here, as noise that the reference lacks would count as reward; see --lora-dropout
 
     loss: Literal["sigmoid", "ipo", "cdpo", "robust", "length-normalised", "simpo"] = "sigmoid"  # DPO or a relative
     beta: float = 0.1  # how strongly the policy is held to the reference
@@ -169,13 +170,13 @@ def dpo_loss(gpt, batch, reference: dict[int, torch.Tensor], cfg: Config) -> tup
 def metrics(logprobs, frozen, batch, chosen: Replies, rejected: Replies, cfg: Config) -> dict[str, torch.Tensor]:
     """Sums over the pairs: rewards beta (log pi - log pi_ref), and how far the policy has moved, in nats per token.
 
-    kl is Schulman's k3 estimator (http://joschu.net/blog/kl-approx.html), exp(r) - 1 - r with r = log pi_ref - log pi,
-    taken on the replies of the data instead of the policy's own, and averaged over the tokens of each pair.
+    kl is Schulman's k2 estimator (http://joschu.net/blog/kl-approx.html), (log pi - log pi_ref)^2 / 2, taken on the
+    replies of the data instead of the policy's own, and averaged over the tokens of each pair. (His k3, of less bias,
+    takes the exponential of a log-ratio, and explodes on rejected replies, which the policy would not write.)
     """
     up, down = cfg.beta * chosen.logratio.detach(), cfg.beta * rejected.logratio.detach()
-    r = frozen - logprobs
-    k3 = torch.zeros(batch.replies, device=r.device).index_add(0, batch.reply, r.exp() - 1 - r)
-    kl = (k3[0::2] + k3[1::2]) / (chosen.length + rejected.length)
+    k2 = torch.zeros(batch.replies, device=frozen.device).index_add(0, batch.reply, (logprobs - frozen) ** 2 / 2)
+    kl = (k2[0::2] + k2[1::2]) / (chosen.length + rejected.length)
     return {"reward_accuracy": (up > down).sum(), "reward_margin": (up - down).sum(), "chosen_reward": up.sum(),
             "rejected_reward": down.sum(), "kl": kl.sum()}
 
@@ -218,6 +219,7 @@ def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config,
 def main(cfg: Config) -> dict:
     with Run("dpo", cfg) as run:
         gpt = run.load(cfg.model)
+        gpt.dropout = 0.0  # an adapter's own starts with nothing to drop: B is zero, and the loss ln 2
         pairs = data.load_pairs(cfg.data, context=cfg.context, val_fraction=cfg.val_fraction, seed=cfg.seed,
                                 bad_rows=cfg.bad_rows)
         if not begin(gpt, pairs, cfg, run):

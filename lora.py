@@ -36,6 +36,7 @@ class LoRALinear(nn.Module):
         self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.dropout = dropout
         self.enabled = True
+        self.training = base.training  # wrapped in an eval()'d model, it does not drop either
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)                                                       # (..., out)
@@ -150,27 +151,40 @@ def load_adapters(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     try:
         about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        rank, alpha = int(about["r"]), float(about["lora_alpha"])
         tensors = load_file(folder / "adapter_model.safetensors")
     except FileNotFoundError as error:
         missing = Path(error.filename or "adapter_model.safetensors").name
         raise FileNotFoundError(f"'{folder}' is not a PEFT adapter: it has no {missing}") from None
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except KeyError as error:
+        raise ValueError(f"'{folder}' is not a readable PEFT adapter: adapter_config.json has no {error}") from None
+    except (ValueError, TypeError, SafetensorError) as error:
         raise ValueError(f"'{folder}' is not a readable PEFT adapter: {error}") from None
     plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},
-             "modules_to_save": None, "layers_to_transform": None}
+             "modules_to_save": None, "layers_to_transform": None, "lora_bias": False}
     for key, wanted in plain.items():
         if about.get(key) and about[key] != wanted:
             raise ValueError(f"'{folder}': {key} = {about[key]!r} is not plain LoRA, which is all that is read here")
     names = {name.removeprefix(PEFT_PREFIX).rsplit(".", 2)[0] for name in tensors}
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if strangers := sorted(names - linear):
+    # ".base": a layer that is wrapped already keeps its name, and add_adapters says what is wrong with it
+    linear = {name.removesuffix(".base"): module for name, module in model.named_modules()
+              if isinstance(module, nn.Linear)}
+    if strangers := sorted(names - set(linear)):
         raise ValueError(f"'{folder}' adapts '{strangers[0]}', which this model does not have")
-    add_adapters(model, about["r"], about["lora_alpha"], about.get("lora_dropout", 0.0),
-                 bool(about.get("use_rslora")), tuple(sorted(names)))
+    if not names:
+        raise ValueError(f"'{folder}' is not a PEFT adapter: it has no lora_A and lora_B")
+    shapes = {f"{name}.lora_A": (rank, linear[name].in_features) for name in names}
+    shapes |= {f"{name}.lora_B": (linear[name].out_features, rank) for name in names}
+    tensors = {key.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor for key, tensor in tensors.items()}
+    for key in sorted(shapes.keys() | tensors.keys()):  # before anything is wrapped: a refusal leaves the model alone
+        if key not in tensors:
+            raise ValueError(f"'{folder}' is not a whole PEFT adapter: it has no {key}")
+        if key not in shapes:
+            raise ValueError(f"'{folder}' holds '{key}', which is not plain LoRA, which is all that is read here")
+        if tensors[key].shape != shapes[key]:
+            raise ValueError(f"'{folder}': {key} has shape {tuple(tensors[key].shape)}, this model needs {shapes[key]}")
+    add_adapters(model, rank, alpha, about.get("lora_dropout", 0.0), bool(about.get("use_rslora")),
+                 tuple(sorted(names)))
     for name, layer in adapters(model).items():
-        for part in ("lora_A", "lora_B"):
-            theirs, own = tensors[f"{PEFT_PREFIX}{name}.{part}.weight"], getattr(layer, part)
-            if theirs.shape != own.shape:
-                raise ValueError(f"'{folder}': {name}.{part} has shape {tuple(theirs.shape)}, "
-                                 f"this model needs {tuple(own.shape)}")
-            own.copy_(theirs)
+        layer.lora_A.copy_(tensors[f"{name}.lora_A"])
+        layer.lora_B.copy_(tensors[f"{name}.lora_B"])

@@ -303,7 +303,7 @@ class KVCache:
         """Run (B, t) new tokens behind those in the cache; logits of the last position, (B, V)."""
         positions = torch.arange(self.length, self.length + tokens.shape[1], device=tokens.device)
         if self.pads is not None:
-            positions = (positions - self.pads[:, None]).clamp(min=0)
+            positions = (positions - self.pads[:, None]).clamp(0, gpt.config.n_positions - 1)
         last = gpt.hidden(tokens, positions, self)[:, -1]                      # (B, C)
         self.length += tokens.shape[1]
         return F.linear(last, gpt.wte.weight)
@@ -311,7 +311,8 @@ class KVCache:
     def read(self, gpt: GPT, ids: list[int]) -> Tensor:
         """Logits (1, V) after `ids`, computing only what they do not share with the tokens already here."""
         shared = 0
-        while shared < min(len(self.ids), len(ids) - 1) and self.ids[shared] == ids[shared]:
+        # self.length, because an interrupted extend() leaves ids that have no keys yet
+        while shared < min(self.length, len(self.ids), len(ids) - 1) and self.ids[shared] == ids[shared]:
             shared += 1
         self.length, self.ids = shared, list(ids)
         return self.extend(gpt, torch.tensor([ids[shared:]], device=gpt.device))
@@ -348,7 +349,7 @@ def choose(logits: Tensor, seen: list[int], temperature: float, top_k: int, top_
     probs = logits.softmax(-1)
     if top_p < 1:  # Holtzman et al. 2019: the smallest set of tokens whose probabilities add up to top_p
         ordered, place = probs.sort(descending=True)
-        probs[place[ordered.cumsum(0) - ordered >= top_p]] = 0
+        probs[place[1:][ordered.cumsum(0)[:-1] >= top_p]] = 0  # all whose betters suffice; never the likeliest
     if min_p > 0:  # tokens at least min_p times as likely as the likeliest
         probs[probs < min_p * probs.max()] = 0
     return int(torch.multinomial(probs, 1, generator=generator))
@@ -365,6 +366,8 @@ def generate(gpt: GPT, ids: list[int], max_new_tokens: int = 256, *, temperature
         raise ValueError("generate needs at least one token to start from")
     if not 0 <= min(ids) <= max(ids) < gpt.config.vocab_size:
         raise ValueError(f"token ids must lie in 0..{gpt.config.vocab_size - 1}, got {min(ids)}..{max(ids)}")
+    if max_new_tokens < 1:
+        return
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
     cache = cache or KVCache(gpt)
@@ -389,7 +392,10 @@ def generate(gpt: GPT, ids: list[int], max_new_tokens: int = 256, *, temperature
 
 def generate_batch(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, stop: int = END_OF_TEXT,
                    rows: int = 64) -> list[list[int]]:
-    """The likeliest continuation of every prompt, many at a time; one that ended by itself ends with `stop`."""
+    """The likeliest continuation of every prompt, many at a time; one that ended by itself ends with `stop`.
+
+    The window does not slide here: a reply also ends where prompt and reply fill the model's positions.
+    """
     replies: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for group in (by_length[i:i + rows] for i in range(0, len(by_length), rows)):
@@ -397,16 +403,17 @@ def generate_batch(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, stop
         if longest > gpt.config.n_positions:
             raise ValueError(f"a prompt of {longest} tokens exceeds the model's {gpt.config.n_positions} positions")
         pads = [longest - len(prompts[i]) for i in group]
-        end = min(gpt.config.n_positions, longest + max_new_tokens)
-        cache = KVCache(gpt, len(group), pads, positions=end)
+        cache = KVCache(gpt, len(group), pads, positions=longest + max_new_tokens)
         tokens = torch.tensor([[stop] * pad + prompts[i] for i, pad in zip(group, pads, strict=True)])
         going = torch.ones(len(group), dtype=torch.bool)
-        while going.any() and cache.length + tokens.shape[1] <= end:
+        for _ in range(max_new_tokens):
             tokens = cache.extend(gpt, tokens.to(gpt.device)).argmax(-1).cpu()[:, None]    # (B, 1)
             for row in going.nonzero()[:, 0].tolist():
                 replies[group[row]].append(int(tokens[row, 0]))
-            going &= tokens[:, 0] != stop
-    return [reply[:max_new_tokens] for reply in replies]
+            going &= (tokens[:, 0] != stop) & (cache.length - torch.tensor(pads) < gpt.config.n_positions)
+            if not going.any():
+                break
+    return replies
 
 
 # ---- weights in and out --------------------------------------------------------------------------
@@ -446,7 +453,12 @@ def _from_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         raise FileNotFoundError(f"'{folder}' is not a model folder: it has no config.json")
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(about, dict):
+            raise TypeError("it holds no settings")
         config = GPTConfig(**{k: about[k] for k in GPTConfig.__dataclass_fields__ if k in about})
+        for key, value in asdict(config).items():
+            if type(value) is not GPTConfig.__annotations__[key] or value <= 0:
+                raise ValueError(f"{key} is {value!r}")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is not a model's configuration: {error}") from None
     wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": (None, 4 * config.n_embd),
@@ -455,8 +467,11 @@ def _from_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         if about.get(key, allowed) != allowed and about.get(key) not in (allowed if isinstance(allowed, tuple) else ()):
             raise ValueError(f"{folder / 'config.json'}: {key} is {about[key]!r}, GPT-2 has {allowed!r}")
     index = folder / "model.safetensors.index.json"
-    names = (sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file()
-             else ["model.safetensors"])
+    try:
+        names = (sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file()
+                 else ["model.safetensors"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{index} is damaged: it has no weight_map from weights to files") from None
     weights: dict[str, Tensor] = {}
     for name in names:
         if not (folder / name).is_file():

@@ -603,7 +603,8 @@ def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run:
                 raise OSError(errno.EIO, f"read back, {why}")
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    _prune_checkpoints(run.folder, cfg.keep)
+    with contextlib.suppress(OSError):  # the next save tries again
+        _prune_checkpoints(run.folder, cfg.keep)
 
 
 def _prune_checkpoints(folder: Path, keep: int) -> None:
@@ -614,8 +615,7 @@ def _prune_checkpoints(folder: Path, keep: int) -> None:
         if path != best:
             # renamed first: a half-deleted folder must not look like a checkpoint
             doomed = path.with_name(f".{path.name}.old")
-            with contextlib.suppress(OSError):  # the next save tries again
-                os.replace(path, doomed)
+            os.replace(path, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -1098,14 +1098,16 @@ def _step(loss, gpt, optimizer, batches: list[data.Batch], state: State, cfg: Se
     """Forward and backward over the step's micro-batches, one division, one update; returns what to log."""
     began = time.perf_counter()
     lr = learning_rate(state.step, cfg)
-    sums, params = Sums(), [p for p in gpt.parameters() if p.requires_grad]
+    sums = Sums()
+    # not gpt.parameters(): after an evaluation FSDP2 still shows the whole weights there, which get no gradient
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, batch in enumerate(batches):
         torch.manual_seed(seed_at(cfg.seed, state.step, i, run.rank))
         with synchronised(loss, last=i == len(batches) - 1):
             with run.autocast():
                 total, count, metrics = loss(to_device(batch, run.device))
             total.backward()
-        sums.add(total, count, metrics | {"positions": torch.tensor(float(len(batch.tokens)))})
+        sums.add(total, count, metrics | {"positions": torch.tensor(float(len(batch.tokens) if len(batch.rows) else 0))})
         if i < len(batches) - 1:
             try:
                 run.stop_point(together=False)

@@ -50,8 +50,9 @@ def make_model(name: str, work: Path) -> Path:
 def measure(cfg: Config, system: str, task: str, folder: Path, **options) -> dict:
     options = {"threads": cfg.threads, "steps": cfg.steps, "batch": 8, "rank": 8, "micro_batch_tokens": 2048} | options
     out = Path(cfg.work, f"{system}-{task}" + ("-int8" if options.get("int8") else ""))
-    command = [sys.executable, str(HERE / "worker.py"), system, task, str(folder), cfg.data, str(out), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(cfg.threads)})
+    command = [sys.executable, HERE / "worker.py", system, task, folder, cfg.data, out, json.dumps(options)]
+    threads = {"OMP_NUM_THREADS": str(cfg.threads)}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | threads)
     for line in reversed(done.stdout.splitlines()):
         if line.startswith("RESULT "):
             return json.loads(line.removeprefix("RESULT "))
@@ -84,8 +85,9 @@ def training(cfg: Config, folder: Path) -> None:
 
 
 def decoding(cfg: Config, folder: Path) -> None:
-    kinds = {"ours fp32": ("ours", {}), "ours int8": ("ours", {"int8": True}), "transformers fp32": ("transformers", {}),
-             "CTranslate2 fp32": ("ctranslate2", {}), "CTranslate2 int8": ("ctranslate2", {"int8": True})}
+    int8 = {"int8": True}
+    kinds = {"ours fp32": ("ours", {}), "ours int8": ("ours", int8), "transformers fp32": ("transformers", {}),
+             "CTranslate2 fp32": ("ctranslate2", {}), "CTranslate2 int8": ("ctranslate2", int8)}
     results: dict[str, list] = {kind: [] for kind in kinds}
     for _ in range(cfg.repeats):
         for kind, (system, options) in kinds.items():

@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch  # noqa: E402
+import torch
 
-import data  # noqa: E402
+import data
 
 LENGTH = 512
 
@@ -100,7 +100,7 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
     lora = LoraConfig(r=options["rank"], lora_alpha=16, target_modules=["c_attn", "c_proj", "c_fc"],
                       fan_in_fan_out=True, task_type="CAUSAL_LM")
     common = {"output_dir": out, "per_device_train_batch_size": options["batch"], "max_steps": options["steps"],
-              "learning_rate": 1e-5, "save_strategy": "no", "report_to": "none", "logging_steps": 1, "max_length": LENGTH,
+              "learning_rate": 1e-5, "save_strategy": "no", "report_to": "none", "max_length": LENGTH,
               "gradient_checkpointing": options.get("recompute", False), "bf16": False, "use_cpu": True,
               "dataloader_pin_memory": False, "disable_tqdm": True}
     stamps = []
@@ -115,8 +115,11 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
     counted = []
     count = options["batch"] * options["steps"]
     if task == "dpo-lora":
-        rows = [{"prompt": data.messages_of(p.prompt)[:-1], "chosen": [{"role": "assistant", "content": data.text_of(p.chosen[:-1])}],
-                 "rejected": [{"role": "assistant", "content": data.text_of(p.rejected[:-1])}]} for p in preferences(path)[:count]]
+        def says(ids) -> list[dict]:
+            return [{"role": "assistant", "content": data.text_of(ids[:-1])}]
+
+        rows = [{"prompt": data.messages_of(p.prompt)[:-1], "chosen": says(p.chosen), "rejected": says(p.rejected)}
+                for p in preferences(path)[:count]]
         trainer = DPOTrainer(network, args=DPOConfig(**common, beta=0.1), train_dataset=Dataset.from_list(rows),
                              processing_class=tokenizer, peft_config=lora, callbacks=[Clock()])
     else:

@@ -1,0 +1,707 @@
+"""The loop's laws, worked by hand on a model of two weights and checked on a real one; the run folder; the trouble."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import data
+import dpo
+import lora
+import model
+import sft
+import train
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """Twelve conversations of different lengths, one in three with two turns."""
+    rows = []
+    for i in range(12):
+        messages = [{"role": "user", "content": f"What is {i} plus {i}?"},
+                    {"role": "assistant", "content": f"It is {2 * i}" + ", as everyone can count" * (i % 4) + "."}]
+        if i % 3 == 0:
+            messages += [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Quite sure."}]
+        rows.append({"messages": messages})
+    return write_jsonl(tmp_path_factory.mktemp("data") / "chats.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model, chats):
+    """sft.Config for runs of seconds; its keywords change settings."""
+    def make(**more):
+        return sft.Config(**{"model": str(tiny_model), "data": (chats,), "checks": "", "prompts": (), "reply_tokens": 4,
+                             "steps": 4, "batch_size": 4, "val_fraction": 0.2, "eval_every": 2, "save_every": 2} | more)
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    """The settings of a finished run, with dropout in it and checks before and after."""
+    folder = tmp_path_factory.mktemp("finished")
+    checks = write_jsonl(folder / "checks.jsonl", [
+        {"messages": [{"role": "user", "content": "What is 2 plus 2?"}], "facts": ["4"], "group": "sums [/b]"}])
+    cfg = settings(out=str(folder / "run"), dropout=0.1, prompts=("Is [/b] a tag? | Sure?",), checks=checks)
+    sft.main(cfg)
+    return cfg
+
+
+def records(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(found):
+    """Metrics without what differs from run to run: speed and memory."""
+    return [{k: v for k, v in record.items() if not k.endswith("_per_second") and k != "peak_memory_bytes"}
+            for record in found]
+
+
+# ---- the loop, by hand ---------------------------------------------------------------------------
+
+
+class Toy(torch.nn.Module):
+    """One matrix and one bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([[1.0]]))
+        self.b = torch.nn.Parameter(torch.tensor([1.0]))
+
+
+def toy_loss(toy, batch):
+    """The gradient of the mean is (0.3, 0.4) times the mean of the tokens."""
+    losses = batch.tokens * (0.3 * toy.w[0, 0] + 0.4 * toy.b[0])
+    return losses.sum(), torch.tensor(len(losses)), {"largest": batch.tokens.sum()}
+
+
+def batch_of(*tokens):
+    return data.pack([data.Row(np.array(tokens, np.int32), np.ones(len(tokens), bool))], [0])
+
+
+def run_toy(tmp_path, steps, val=(), loss=toy_loss, toy=None, **more):
+    """Train on the micro-batches of `steps`; the toy, its logged steps and what `train` returned."""
+    toy = toy or Toy()
+    cfg = sft.Config(**{"out": str(tmp_path / "run"), "steps": len(steps), "prompts": (), "lr": 0.1, "warmup": 0.0,
+                        "final_lr": 1.0, "weight_decay": 0.0, "eval_every": 0, "save_every": 0} | more)
+    with train.Run("toy", cfg) as run:
+        run.about["before"] = {}
+        last = train.train(toy, loss, lambda step, budget: steps[step], list(val), cfg, run)
+    return toy, records(tmp_path / "run"), last
+
+
+def test_two_steps_by_hand(tmp_path):
+    """Mean over the step, clipping, AdamW, decay of the matrix only, and the log."""
+    toy, log, last = run_toy(tmp_path, [[batch_of(20), batch_of(4, 8, 8)], [batch_of(1)]], weight_decay=0.5, clip=1.0,
+                             beta2=0.99)
+    # step 1: the four tokens' mean is 10 (the mean of the micro-batches' means would be 13.3), so the loss is 10 * 0.7
+    # and the gradient (3, 4), of norm 5, clipped to (0.6, 0.8). AdamW's first step is lr * sign: w = 0.85 and b = 0.9
+    # step 2: loss 0.3 * 0.85 + 0.4 * 0.9, gradient (0.3, 0.4) of norm 0.5. For w, m = (0.054 + 0.03) / 0.19 and
+    # v = (0.003564 + 0.0009) / 0.0199, so m / sqrt(v) = 0.9334479; for b the same, all being 4/3 as large
+    assert toy.w.item() == pytest.approx(0.85 * 0.95 - 0.09334479, abs=1e-6)
+    assert toy.b.item() == pytest.approx(0.9 - 0.09334479, abs=1e-6)
+    assert [r["loss"] for r in log] == pytest.approx([7.0, 0.615])
+    assert [r["grad_norm"] for r in log] == pytest.approx([5.0, 0.5])
+    assert [r["tokens"] for r in log] == [4, 5]
+    assert [r["largest"] for r in log] == pytest.approx([10.0, 1.0])  # a metric is divided as the loss is
+    assert last == log[-1]
+
+
+def test_learning_rate_by_hand(settings, tmp_path):
+    cfg = settings(lr=2.0, steps=10, warmup=0.2, final_lr=0.1)
+    rates = [train.learning_rate(step, cfg) for step in range(10)]
+    assert rates[:3] == [1.0, 2.0, 2.0]  # two steps of warm-up, the first of which is not lost on a rate of 0
+    assert rates[6] == pytest.approx(2 * (0.1 + 0.9 / 2))  # the middle of the cosine
+    assert rates[9] == pytest.approx(2 * (0.1 + 0.9 * (1 + math.cos(7 * math.pi / 8)) / 2))
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert train.learning_rate(0, settings(lr=2.0, steps=10, warmup=0.0)) == 2.0
+    _, log, _ = run_toy(tmp_path, [[batch_of(1)]] * 10, lr=2.0, warmup=0.2, final_lr=0.1)
+    assert [r["lr"] for r in log] == rates
+
+
+def test_decay_is_for_matrices_only(settings, tiny_model):
+    gpt = model.GPT.from_pretrained(tiny_model)
+    names = {id(p): name for name, p in gpt.named_parameters()}
+    decayed, plain = train.make_optimizer(gpt, settings(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    block = [f"h.{i}.{layer}" for i in (0, 1) for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    matrices = {f"{layer}.weight" for layer in ("wte", "wpe", *block)}
+    assert {names[id(p)] for p in decayed["params"]} == matrices
+    assert {names[id(p)] for p in plain["params"]} == set(names.values()) - matrices
+    lora.add_adapters(gpt, 2)
+    [adapters] = train.make_optimizer(gpt, settings(weight_decay=0.3)).param_groups  # nothing frozen is in it
+    assert adapters["weight_decay"] == 0.3 and len(adapters["params"]) == 2 * 8
+
+
+def test_evaluation_is_total_over_count(tmp_path):
+    """Four tokens of mean 2.5 in uneven batches; val_loss stands where it was measured and nowhere else."""
+    val = [batch_of(1), batch_of(2, 3, 4)]
+    toy, log, last = run_toy(tmp_path, [[batch_of(0)]] * 5, val, eval_every=2, log_every=3)
+    assert (toy.w.item(), toy.b.item()) == (1.0, 1.0)  # tokens of 0: nothing is learnt
+    assert {r["step"]: r.get("val_loss") for r in log} == pytest.approx({2: 1.75, 3: None, 4: 1.75, 5: 1.75})
+    assert last["val_largest"] == pytest.approx(2.5)
+
+
+# ---- the loop, on a real model -------------------------------------------------------------------
+
+
+def train_gpt(folder, settings, batches=None, wide=True, **more):
+    """The weights and the log after a few steps on the chats, in fp64 so that equal means equal."""
+    cfg = settings(out=str(folder), eval_every=0, save_every=0, **more)
+    rows = data.load_rows(cfg.data, val_fraction=cfg.val_fraction, seed=cfg.seed)
+    with train.Run("test", cfg) as run:
+        gpt = run.load(cfg.model)
+        gpt = gpt.double() if wide else gpt
+        run.about["before"] = {}
+        make = train.step_batches(rows, cfg, run)
+        train.train(gpt, sft.sft_loss, batches(make, rows) if batches else make, [], cfg, run)
+    return gpt, records(folder)
+
+
+def equal(one, other, tolerance=1e-9):
+    theirs = dict(other.named_parameters())
+    return all(torch.allclose(p, theirs[name], rtol=0, atol=tolerance) for name, p in one.named_parameters())
+
+
+def test_micro_batches_change_nothing(settings, tmp_path):
+    """1 x 8 = 8 x 1, and any cut between: losses, gradient norms and weights after four steps."""
+    count = {}
+
+    def counted(budget):
+        def batches(make, rows):
+            def of(step, token_budget):
+                found = make(step, token_budget)
+                count.setdefault(budget, []).append(len(found))
+                return found
+            return of
+        return batches
+
+    runs = {budget: train_gpt(tmp_path / str(budget), settings, counted(budget), batch_size=8, weight_decay=0.1,
+                              micro_batch_tokens=budget) for budget in (10**6, 120, 1)}
+    assert count[10**6] == [1] * 4 and count[1] == [8] * 4 and all(1 < n < 8 for n in count[120])
+    gpt, log = runs[10**6]
+    for budget in (120, 1):
+        other, other_log = runs[budget]
+        for key in ("loss", "grad_norm", "tokens"):
+            assert [r[key] for r in other_log] == pytest.approx([r[key] for r in log], rel=1e-9)
+        assert equal(gpt, other)
+    assert not equal(gpt, model.GPT.from_pretrained(settings().model).double(), 1e-4)  # and they did learn
+
+
+def test_a_masked_micro_batch_adds_zero(settings, tmp_path):
+    def with_masked(make, rows):
+        masked = data.pack([data.Row(rows.train[0].ids, np.zeros(len(rows.train[0]), bool))], [0])
+        return lambda step, budget: [masked, *make(step, budget), masked]
+
+    gpt, log = train_gpt(tmp_path / "a", settings, steps=2)
+    other, other_log = train_gpt(tmp_path / "b", settings, with_masked, steps=2)
+    assert [r["loss"] for r in other_log] == [r["loss"] for r in log]
+    assert equal(gpt, other, 0)
+
+
+def test_a_step_without_targets_is_no_nan(settings, tmp_path):
+    def only_masked(make, rows):
+        masked = data.pack([data.Row(rows.train[0].ids, np.zeros(len(rows.train[0]), bool))], [0])
+        return lambda step, budget: [masked]
+
+    gpt, log = train_gpt(tmp_path / "a", settings, only_masked, steps=2, weight_decay=0.0)
+    assert [(r["loss"], r["grad_norm"]) for r in log] == [(0.0, 0.0)] * 2
+    assert equal(gpt, model.GPT.from_pretrained(settings().model).double(), 0)
+
+
+def test_dropout_depends_on_position_not_on_history(settings, tmp_path):
+    torch.manual_seed(1)
+    one, log = train_gpt(tmp_path / "a", settings, dropout=0.2, wide=False)
+    torch.manual_seed(2)
+    other, other_log = train_gpt(tmp_path / "b", settings, dropout=0.2, wide=False)
+    assert equal(one, other, 0) and untimed(log) == untimed(other_log)
+    without, _ = train_gpt(tmp_path / "c", settings, wide=False)
+    assert not equal(one, without, 1e-4)
+    reseeded = [train.seed_at(*position) for position in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0))]
+    assert len(set(reseeded)) == 4
+
+
+def test_lora_starts_the_same_whatever_came_before(settings, tmp_path):
+    torch.manual_seed(1)
+    one, _ = train_gpt(tmp_path / "a", settings, lora_rank=2, lora_dropout=0.3, wide=False)
+    torch.manual_seed(2)
+    other, _ = train_gpt(tmp_path / "b", settings, lora_rank=2, lora_dropout=0.3, wide=False)
+    assert equal(one, other, 0)
+
+
+def test_recomputed_activations_give_the_same_gradient(settings, tmp_path):
+    """Dropout too must fall the same way in the second pass."""
+    one, log = train_gpt(tmp_path / "a", settings, dropout=0.1, steps=2)
+    other, other_log = train_gpt(tmp_path / "b", settings, dropout=0.1, steps=2, recompute=True)
+    assert equal(one, other) and [r["loss"] for r in log] == pytest.approx([r["loss"] for r in other_log], rel=1e-12)
+
+
+def test_rows_of_a_step_depend_on_seed_and_epoch_alone(settings):
+    rows = data.load_rows(settings().data, val_fraction=0, seed=0)
+
+    def visited(steps, budget=10**6, **more):
+        cfg = settings(**{"batch_size": 6} | more)
+        make = train.step_batches(rows, cfg, train.Run("test", cfg))
+        return {step: sorted(int(row) for batch in make(step, budget) for row in batch.rows) for step in steps}
+
+    found = visited(range(6))
+    for epoch in range(3):  # 12 rows, 6 a step: two steps visit every row once
+        assert sorted(found[2 * epoch] + found[2 * epoch + 1]) == list(range(12))
+    assert found[0] != found[2] or found[2] != found[4]
+    assert visited(reversed(range(6)), budget=1) == found
+    assert visited(range(6), seed=1) != found
+    assert visited([0], batch_size=12)[0] == list(range(12))
+
+
+def test_perplexity_is_the_exponential_of_total_over_tokens(settings, tmp_path):
+    """val_loss in uneven batches equals transformers' mean over all supervised tokens at once."""
+    from transformers import GPT2LMHeadModel
+
+    cfg = settings(out=str(tmp_path), val_fraction=0.5, micro_batch_tokens=60)
+    rows = data.load_rows(cfg.data, val_fraction=cfg.val_fraction)
+    with train.Run("test", cfg) as run:
+        gpt = run.load(cfg.model)
+        batches = train.validation_batches(rows, cfg, run)
+        found = train.evaluate(train.parallelise(gpt, sft.sft_loss, cfg, run), batches, run)
+    assert len({len(batch.targets) for batch in batches}) > 1
+    theirs, total, count = GPT2LMHeadModel.from_pretrained(cfg.model).eval(), 0.0, 0
+    for row in rows.val:
+        with torch.no_grad():
+            logits = theirs(torch.from_numpy(row.ids[None]).long()).logits[0, :-1].double()
+        wanted = torch.from_numpy(row.mask[1:])
+        logp = logits.log_softmax(-1).gather(1, torch.from_numpy(row.ids[1:, None]).long())[:, 0]
+        total, count = total - logp[wanted].sum().item(), count + int(wanted.sum())
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+# ---- what must not go on -------------------------------------------------------------------------
+
+
+def test_an_infinite_loss_stops_before_the_step(tmp_path):
+    """It names step, rows, rate and norm; the weights are those of the step before, and nothing of it is saved."""
+    toy = Toy()
+    steps = [[batch_of(1)], [batch_of(1)], [replace(batch_of(1), rows=np.array([41, 7]))]]
+
+    def loss(toy, batch):
+        total, count, metrics = toy_loss(toy, batch)
+        return total * (math.inf if len(batch.rows) == 2 else 1), count, metrics
+
+    with pytest.raises(FloatingPointError, match=r"3: loss inf, gradient norm (inf|nan), rate 1.00e-01; rows 7, 41"):
+        run_toy(tmp_path, steps, loss=loss, toy=toy, save_every=1, data=("x.jsonl",))
+    assert toy.w.item() == pytest.approx(0.8, abs=1e-6) and toy.b.item() == pytest.approx(0.8, abs=1e-6)
+    assert [path.name for path in train.checkpoint_folders(tmp_path / "run")] == ["step-00000002", "step-00000001"]
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2]
+
+
+def test_an_infinite_gradient_stops_too(tmp_path):
+    def loss(toy, batch):
+        return (batch.tokens * (toy.w[0, 0] - 1).abs().sqrt()).sum(), torch.tensor(1), {}  # slope inf at w = 1
+
+    with pytest.raises(FloatingPointError, match=r"step 1: loss 0, gradient norm (inf|nan)"):
+        run_toy(tmp_path, [[batch_of(1)]], loss=loss)
+
+
+def test_a_model_that_computes_nothing_is_not_exported(settings, tmp_path):
+    """The only step is fine, what comes of it is not: no model is left, and no NaN in the metrics' JSON."""
+    with pytest.raises(FloatingPointError, match="validation"):
+        sft.main(settings(out=str(tmp_path / "run"), steps=1, lr=1e30, warmup=0.0))
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+# ---- the run folder ------------------------------------------------------------------------------
+
+FIXED = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "padding", "peak_memory_bytes"}
+
+
+def test_metrics_have_the_fixed_keys(finished):
+    log = records(finished.out)
+    assert [r["step"] for r in log] == [1, 2, 3, 4]
+    for record in log:
+        measured = {"val_loss"} if record["step"] in (2, 4) else set()
+        assert set(record) == FIXED | measured | {"conversations_per_second"}
+        assert all(isinstance(value, int | float) and math.isfinite(value) for value in record.values())
+        assert record["padding"] == 0 and record["tokens_per_second"] > 0
+        assert 10**7 < record["peak_memory_bytes"] < 10**11  # bytes, not kilobytes
+    assert [r["tokens"] for r in log] == sorted(r["tokens"] for r in log)
+
+
+def test_run_json_says_what_was_run(finished):
+    about = json.loads((Path(finished.out) / "run.json").read_text())
+    assert about["config"] == json.loads(json.dumps(asdict(finished)))
+    assert about["stage"] == "sft" and about["finished"] and about["versions"]["torch"] == torch.__version__
+    assert about["data"]["train"] + about["data"]["val"] == about["data"]["kept"] == 12
+    assert about["metrics"]["val_loss"] == records(finished.out)[-1]["val_loss"]
+    assert {"replies", "checks", "val_loss"} <= set(about["before"]) and {"replies", "checks"} <= set(about["after"])
+
+
+def test_the_same_command_on_a_finished_run_does_nothing(finished, capsys):
+    files = {path: path.stat().st_mtime_ns for path in Path(finished.out).rglob("*") if path.name != ".lock"}
+    metrics = sft.main(finished)
+    assert metrics["val_loss"] == records(finished.out)[-1]["val_loss"]
+    assert "is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in Path(finished.out).rglob("*") if path.name != ".lock"} == files
+
+
+def test_another_configuration_is_refused_with_the_difference(finished, tiny_model, tmp_path):
+    weights = (Path(finished.out) / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"(?s)holds another run.*--lr: 0\.001 there, 0\.002 now.*--overwrite"):
+        sft.main(replace(finished, lr=0.002))
+    changes = {"lr": 0.002, "beta2": 0.9, "warmup": 0.3, "clip": 2.0}
+    with pytest.raises(ValueError, match=r"and 2 more") as refusal:
+        sft.main(replace(finished, **changes))
+    assert len(str(refusal.value).splitlines()) <= 5
+    # other rows in the same file, another model in the same folder
+    other = write_jsonl(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "a"},
+                                                                  {"role": "assistant", "content": "b"}]}])
+    with pytest.raises(ValueError, match=r"data \(sha256\)"):
+        sft.main(replace(finished, data=(other,)))
+    gpt = model.GPT.from_pretrained(tiny_model)
+    with torch.no_grad():
+        gpt.h[0].mlp.c_fc.bias[0] += 1
+    gpt.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"model \(sha256\)"):
+        sft.main(replace(finished, model=str(tmp_path / "model")))
+    assert (Path(finished.out) / "model.safetensors").read_bytes() == weights
+
+
+def test_what_does_not_change_the_result_may_differ(finished):
+    sft.main(replace(finished, save_every=1, keep=5, debug=True, preset="gpt2"))
+    moved = {f.name for f in fields(sft.Config)} - train.MAY_DIFFER
+    assert {"lr", "seed", "steps", "batch_size", "dropout", "micro_batch_tokens", "data", "model"} <= moved
+
+
+def test_a_model_that_no_run_describes_is_not_overwritten(tiny_model, settings, tmp_path):
+    model.GPT.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no run\.json describes"):
+        sft.main(settings(out=str(tmp_path)))
+
+
+def test_overwrite_starts_anew(settings, tmp_path):
+    cfg = settings(out=str(tmp_path / "run"), steps=2)
+    first = sft.main(replace(cfg, lora_rank=2, lr=0.01))
+    assert (tmp_path / "run" / "adapter").is_dir()
+    sft.main(replace(cfg, overwrite=True))
+    assert [r["step"] for r in records(cfg.out)] == [1, 2]
+    assert not (tmp_path / "run" / "adapter").exists()  # of the run before: it does not belong to this model
+    assert records(cfg.out)[-1]["val_loss"] != first["val_loss"]
+    assert {p.name for p in train.checkpoint_folders(tmp_path / "run")} == {"step-00000002"}
+
+
+def test_config_repeats_a_run_bit_for_bit(finished, tmp_path):
+    args = ["--config", f"{finished.out}/run.json", "--out", str(tmp_path / "again")]
+    cfg = train.command_line(sft.Config, sft.PRESETS, args)
+    assert replace(cfg, out=finished.out, config="") == finished
+    sft.main(cfg)
+    for name in ("model.safetensors", "tokenizer.json", "checkpoints/step-00000004/optimizer.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (Path(finished.out) / name).read_bytes(), name
+    assert untimed(records(cfg.out)) == untimed(records(finished.out))
+
+
+def test_config_can_be_changed_by_flags_and_is_checked(finished, tmp_path):
+    saved = f"{finished.out}/run.json"
+    assert train.command_line(sft.Config, sft.PRESETS, ["--lr", "0.5", "--config", saved]).lr == 0.5
+    for content in ("{}", "nonsense", '{"config": {"no_such": 1}}'):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(ValueError, match=r"--config .*run\.json"):
+            train.command_line(sft.Config, sft.PRESETS, ["--config", str(tmp_path / "run.json")])
+
+
+# ---- what is shown -------------------------------------------------------------------------------
+
+
+def test_samples_are_transcripts_of_before_and_after(finished):
+    text = (Path(finished.out) / "samples.md").read_text()
+    about = json.loads((Path(finished.out) / "run.json").read_text())
+    before, after = text.split("## After")
+    for part, found in ((before, about["before"]), (after, about["after"])):
+        [talk] = found["replies"]
+        assert [m["role"] for m in talk] == ["user", "assistant"] * 2
+        assert [m["content"] for m in talk][::2] == ["Is [/b] a tag?", "Sure?"]
+        assert data.transcript(talk) in part
+        assert "| sums [/b] | 1 |" in part
+    assert "## Before" in before and about["before"]["replies"] != about["after"]["replies"]
+
+
+def test_what_is_said_is_plain_text(settings, tmp_path, capsys):
+    """Brackets in a setting are no markup, and one line a step goes to a pipe, without escape codes."""
+    cfg = settings(out=str(tmp_path / "[red]run[/red]"), steps=2, prompts=("[/b] \x1b[31m?",))
+    sft.main(cfg)
+    out = capsys.readouterr().out
+    assert "[red]run[/red]" in out.replace("\n", "") and "\x1b" not in out
+    lines = [line for line in out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/2", "2/2"]
+    assert "loss" in lines[0] and "val" in lines[1]
+
+
+def test_curves_are_labelled_and_drawn(finished, tmp_path, monkeypatch):
+    from matplotlib import image, pyplot
+
+    shown = []
+    monkeypatch.setattr(pyplot, "close", shown.append)
+    train.plot_curves([finished.out], tmp_path / "one.png")
+    panels = {axis.get_title(): axis for axis in shown[0].axes}
+    assert {"loss", "learning rate", "throughput", "gradient norm"} == set(panels)
+    assert panels["throughput"].get_ylabel() == "tokens / s" and panels["loss"].get_xlabel() == "step"
+    drawn = {line.get_label(): line.get_ydata() for line in panels["loss"].lines}
+    assert list(drawn["loss"]) == [r["loss"] for r in records(finished.out)]
+    assert list(drawn["val_loss"]) == [r["val_loss"] for r in records(finished.out) if "val_loss" in r]
+    picture = image.imread(tmp_path / "one.png")
+    assert picture.shape[0] > 300 and picture.std() > 0.05
+    assert (Path(finished.out) / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def fake_run(folder, loss, **more):
+    folder.mkdir(parents=True)
+    write_jsonl(folder / "metrics.jsonl", [{"step": 1, "loss": loss, "lr": 0.1, "tokens_per_second": 10.0} | more])
+    return str(folder)
+
+
+def test_compare_makes_a_table_and_a_picture(finished, tmp_path, capsys, monkeypatch):
+    """Every number in full where it goes to a pipe; runs of one name in two places stay apart."""
+    from matplotlib import pyplot
+
+    shown = []
+    monkeypatch.setattr(pyplot, "close", shown.append)
+    folders = [finished.out, fake_run(tmp_path / "a" / "run", 3.25, reward_accuracy=0.5, val_reward_accuracy=0.75),
+               fake_run(tmp_path / "b" / "run", 4.5)]
+    train.compare(train.Compare(runs=tuple(folders), out=str(tmp_path / "new" / "compare.png")))
+    out = capsys.readouterr().out
+    mine, first, second = (next(line for line in out.splitlines() if folder in line) for folder in folders)
+    last = records(finished.out)[-1]
+    assert f"{last['loss']:.4f}" in mine and f"{last['val_loss']:.4f}" in mine
+    assert "3.2500" in first and "75.0%" in first and "4.5000" in second
+    assert (tmp_path / "new" / "compare.png").is_file()
+    losses = shown[0].axes[0].lines
+    assert {tuple(line.get_ydata()) for line in losses} >= {(3.25,), (4.5,)}
+    assert len({line.get_label() for line in losses}) == len(losses)
+
+
+def test_checks_table_shows_before_and_after(capsys):
+    from rich.console import Console
+
+    score = {"n": 4, "correct": 0.25, "facts": 0.5, "ended": 1.0, "words": 9.0}
+    before, after = {"all": score | {"correct": 0.0}}, {"all": score, "[/x]\x1b[1m": score}
+    Console(width=120).print(train.checks_table(before, after))
+    out = capsys.readouterr().out
+    assert "0.0% -> 25.0%" in out and "0.50 -> 0.50" in out
+    assert "[/x]" in out and "\x1b" not in out
+
+
+def test_a_tracker_gets_what_is_logged_and_is_named_if_missing(tmp_path, monkeypatch):
+    got = []
+    wandb = SimpleNamespace(init=lambda **about: got.append(about["config"]["steps"]),
+                            log=lambda record, step: got.append((step, record["loss"])))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    _, log, _ = run_toy(tmp_path, [[batch_of(1)]] * 2, tracker="wandb")
+    assert got == [2, *((r["step"], r["loss"]) for r in log)]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"not installed: uv sync --extra wandb"):
+        run_toy(tmp_path / "other", [[batch_of(1)]], tracker="wandb")
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+DESIGNED = {"preset", "model", "data", "out", "steps", "batch_size", "micro_batch_tokens", "lr", "lora_rank",
+            "eval_every", "save_every", "checks", "seed"}
+
+
+@pytest.mark.parametrize("script", [sft, dpo])
+def test_presets_construct_and_parse(script):
+    assert set(script.PRESETS) == set(get_args(get_type_hints(script.Config)["preset"])) == {"sample", *model.SIZES}
+    for name, preset in script.PRESETS.items():
+        cfg = train.command_line(script.Config, script.PRESETS, ["--preset", name])
+        assert cfg == script.Config(**preset | {"preset": name})
+        if name != "sample" and script is sft:
+            assert cfg.model == name
+        changed = train.command_line(script.Config, script.PRESETS, ["--steps", "7", f"--preset={name}"])
+        assert changed == replace(cfg, steps=7)
+    assert train.command_line(script.Config, script.PRESETS, []) == script.Config()
+
+
+@pytest.mark.parametrize("script", [sft, dpo])
+def test_the_designed_flags_are_there(script):
+    names = {f.name for f in fields(script.Config)}
+    assert names >= DESIGNED and ({"beta", "loss"} <= names) == (script is dpo)
+    cfg = train.command_line(script.Config, script.PRESETS, ["--data", "a.jsonl", "oasst1@0.5", "--lora-rank", "0",
+                                                             "--checks", "c", "--micro-batch-tokens", "64"])
+    assert (cfg.data, cfg.lora_rank, cfg.checks, cfg.micro_batch_tokens) == (("a.jsonl", "oasst1@0.5"), 0, "c", 64)
+    assert dpo.Config().model == sft.Config().out  # the one leaves what the other takes
+
+
+HELP = """
+import runpy, sys
+class Ban:
+    def find_spec(name, path=None, target=None):
+        assert name.split(".")[0] not in ("torch", "transformers", "datasets", "matplotlib", "model", "lora"), name
+sys.meta_path.insert(0, Ban)
+sys.argv[1:] = ["--help"]
+runpy.run_path(sys.argv.pop(0), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", ["sft.py", "dpo.py", "train.py"])
+def test_help_imports_nothing_slow_and_explains_every_flag(script):
+    done = subprocess.run([sys.executable, "-c", HELP, script], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"COLUMNS": "400", "NO_COLOR": "1"})
+    assert done.returncode == 0, done.stderr
+    config = {"sft.py": sft.Config, "dpo.py": dpo.Config, "train.py": train.Compare}[script]
+    lines = [line.strip(" │") for line in done.stdout.splitlines()]
+    for name in [f.name for f in fields(config) if f.name != "runs"]:
+        flag = "--" + name.replace("_", "-")
+        at = next(i for i, line in enumerate(lines) if line.startswith(flag + " ") or line.startswith(flag + ","))
+        text = " ".join(lines[at:at + 2]) if len(lines[at].split("  ")) == 1 else lines[at]
+        explained = re.sub(r"\(default: .*", "", text.partition("  ")[2] or lines[at + 1])
+        assert len(explained.split()) > 2, f"{flag} has no help: {text}"
+
+
+def script(module, *args, monkeypatch, capsys):
+    """Run a script's main in this process as `python NAME.py ARGS`; (exit code, what it printed to stderr)."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *args])
+    main = train.compare if module is train else module.main
+    with pytest.raises(SystemExit) as stop:
+        train.run_script(main, train.Compare if module is train else module.Config, getattr(module, "PRESETS", None))
+    return stop.value.code, capsys.readouterr().err
+
+
+def is_short(text):
+    return "Traceback" not in text and 0 < len([line for line in text.splitlines() if re.search(r"\w", line)]) <= 5
+
+
+@pytest.mark.parametrize("args, hint", [
+    (["--stpes", "5"], "--steps"), (["--batchsize=5"], "--batch-size"), (["--lora_rnak", "5"], "--lora-rank"),
+    (["--overwrit"], "--overwrite"), (["--completely-different", "5"], "--help"), (["--no-overwrit"], "--overwrite")])
+def test_a_misspelt_flag_gets_a_suggestion(args, hint, monkeypatch, capsys):
+    code, said = script(sft, *args, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and hint in said and args[0].partition("=")[0].replace("_", "-") in said and is_short(said), said
+
+
+@pytest.mark.parametrize("args, hint", [
+    (["--lr", "fast"], "--lr"), (["--precision", "fp8"], "bf16"), (["--preset", "gpt3"], "gpt2-medium"),
+    (["--preset=gpt3"], "gpt2-medium"), (["stray"], "stray"), (["--steps"], "--steps")])
+def test_a_wrong_value_is_refused(args, hint, monkeypatch, capsys):
+    code, said = script(sft, *args, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and hint in said and "Traceback" not in said, said
+
+
+def failures(folder, tiny_model, chats):
+    """Name: (script, arguments, exit code, words that the message must have)."""
+    (folder / "empty").mkdir()
+    (folder / "pickle").mkdir()
+    (folder / "pickle" / "config.json").write_text('{"model_type": "gpt2"}')
+    (folder / "pickle" / "pytorch_model.bin").write_bytes(b"")
+    (folder / "llama").mkdir()
+    (folder / "llama" / "config.json").write_text('{"model_type": "llama", "n_embd": 8}')
+    (folder / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}, '
+                                      '{"role": "assistant", "content": "Hello"}]}\n{"messages": 5}\n')
+    poisoned = folder / "poisoned"
+    model.GPT.from_pretrained(tiny_model).save_pretrained(poisoned)
+    weights = load_file(poisoned / "model.safetensors")
+    weights["transformer.h.1.mlp.c_fc.weight"][3, 3] = math.nan
+    save_file(weights, poisoned / "model.safetensors")
+    tiny = ["--model", str(tiny_model), "--data", chats]
+    quick = ["--checks", "", "--steps", "5", "--batch-size", "4", "--warmup", "0", "--eval-every", "0", "--prompts"]
+    return {
+        "no model folder": (sft, ["--model", "runs/nowhere", "--data", chats], 2, ["runs/nowhere", "sample"]),
+        "no SFT run": (dpo, ["--data", chats], 2, ["runs/sft", "uv run sft.py"]),
+        "an empty folder": (sft, ["--model", str(folder / "empty")], 2, ["empty", "config.json"]),
+        "a pickle": (sft, ["--model", str(folder / "pickle")], 2, ["pytorch_model.bin", "pickle", "safetensors"]),
+        "another architecture": (sft, ["--model", str(folder / "llama")], 2, ["model_type", "llama"]),
+        "no data set": (sft, ["--model", str(tiny_model), "--data", "oast1"], 2, ["oast1", "oasst1"]),
+        "the wrong kind": (dpo, ["--model", str(tiny_model), "--data", "smoltalk"], 2, ["smoltalk", "ultrafeedback"]),
+        "a bad row": (sft, ["--model", str(tiny_model), "--data", str(folder / "bad.jsonl")], 2,
+                      ["bad.jsonl:2", "messages", "--bad-rows skip"]),
+        "no checks": (sft, [*tiny, "--checks", "nowhere.jsonl"], 2, ["nowhere.jsonl"]),
+        "too high a rate": (sft, [*tiny, *quick, "--lr", "1e30"], 1, ["step 2", "nan", "--lr"]),
+        "a poisoned weight": (sft, ["--model", str(poisoned), "--data", chats, *quick], 1, ["nan", "weights of"]),
+        "not found at once": (sft, ["--model", str(poisoned), "--data", chats, *quick, "--val-fraction", "0"], 1,
+                              ["step 1", "nan", "rows"]),
+        "too long a context": (sft, [*tiny, "--context", "2048"], 2, ["2048", "1024"]),
+        "no LoRA target": (sft, [*tiny, "--lora-rank", "2", "--lora-targets", "q_proj"], 2, ["q_proj", "c_attn"]),
+        "no device": (sft, [*tiny, "--device", "mps" if torch.cuda.is_available() else "cuda"], 2, ["--device"]),
+        "no rows a step": (sft, [*tiny, "--batch-size", "0"], 2, ["--batch-size"]),
+        "no steps": (sft, [*tiny, "--steps", "0"], 2, ["--steps"]),
+        "no tokens at once": (sft, [*tiny, "--micro-batch-tokens", "0"], 2, ["--micro-batch-tokens"]),
+        "no log": (sft, [*tiny, "--log-every", "0"], 2, ["--log-every"]),
+        "all dropped out": (sft, [*tiny, "--dropout", "1"], 2, ["--dropout"]),
+        "beta 0": (dpo, [*tiny, "--beta", "0"], 2, ["--beta"]),
+        "every second label": (dpo, [*tiny, "--loss", "robust", "--label-smoothing", "0.5"], 2, ["--label-smoothing"]),
+        "no run.json": (sft, ["--config", "nowhere/run.json"], 2, ["--config", "nowhere/run.json"]),
+        "nothing to compare": (train, [str(folder / "empty")], 2, ["metrics.jsonl", "uv run sft.py"]),
+        "a run without steps": (train, [str(folder / "begun")], 2, ["begun", "metrics.jsonl"]),
+    }
+
+
+def test_the_commonest_failures_say_what_and_where_and_what_next(tiny_model, chats, tmp_path, monkeypatch, capsys):
+    """At most five lines, exit code 2 where something was asked for that cannot be, 1 where a run failed."""
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "metrics.jsonl").write_text("")
+    cases = failures(tmp_path, tiny_model, chats)
+    monkeypatch.chdir(tmp_path)
+    wrong = []
+    for name, (module, args, code, words) in cases.items():
+        out = [] if module is train or "--config" in args else ["--out", f"out {name}"]
+        try:
+            found, said = script(module, *args, *out, monkeypatch=monkeypatch, capsys=capsys)
+        except BaseException as error:  # all cases are reported at once
+            found, said = repr(error), capsys.readouterr().err
+        if found != code or not is_short(said) or any(word not in said for word in words):
+            wrong.append(f"{name}: code {found}, said\n{said}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--model", "nowhere", "--debug"])
+    with pytest.raises(FileNotFoundError):
+        train.run_script(sft.main, sft.Config, sft.PRESETS)
+
+
+def test_the_hub_cannot_be_reached(tmp_path, chats, monkeypatch, capsys):
+    """The model and a data set; conftest.py has set HF_HUB_OFFLINE, and here is an empty cache."""
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    small = tmp_path / "model"
+    model.GPT(model.GPTConfig(n_embd=8, n_layer=1, n_head=1)).save_pretrained(small)
+    for name, args in {"a model": ["--model", "gpt2", "--data", chats],
+                       "a data set": ["--model", str(small), "--data", "oasst1"]}.items():
+        code, said = script(sft, *args, "--out", str(tmp_path / name), monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 2 and is_short(said) and "Hub" in said and "uv run hf download" in said, said
+
+
+def test_a_busy_folder_is_left_alone(finished, tmp_path, monkeypatch, capsys):
+    """Another process holds the lock; when it has gone, the folder is free."""
+    hold = (f"import sys, filelock\nwith filelock.FileLock({finished.out + '/.lock'!r}):\n"
+            "    print('held', flush=True)\n    sys.stdin.read()")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", hold], **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        code, said = script(sft, "--config", f"{finished.out}/run.json", monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 2 and is_short(said) and "in use by another process" in said and "--out" in said
+        other.stdin.close()
+    assert sft.main(finished)["val_loss"]
+
+
+def test_the_real_script_fails_as_shortly(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "sft.py"), "--model", "nowhere"], cwd=tmp_path, text=True,
+                          capture_output=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and is_short(done.stderr) and done.stdout == ""
