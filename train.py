@@ -1107,7 +1107,7 @@ def _step(loss, gpt, optimizer, batches: list[data.Batch], state: State, cfg: Se
             with run.autocast():
                 total, count, metrics = loss(to_device(batch, run.device))
             total.backward()
-        sums.add(total, count, metrics | {"positions": torch.tensor(float(len(batch.tokens) if len(batch.rows) else 0))})
+        sums.add(total, count, metrics | {"positions": torch.tensor(float(len(batch.tokens) * bool(len(batch.rows))))})
         if i < len(batches) - 1:
             try:
                 run.stop_point(together=False)

@@ -229,8 +229,8 @@ def documents(world: list[dict], phrases: dict, rng: random.Random) -> Iterator[
 
 # ---- conversations -------------------------------------------------------------------------------
 
-OFTEN = {"does": 8, "tools": 5, "place": 5, "skills": 4, "partners": 3, "kin": 2, "about": 2}  # how often asked for
-INFORMATIVE = 0.25  # share of the questions that have a reply with several facts among their ranked ones
+OFTEN = {"does": 8, "tools": 5, "place": 7, "skills": 4, "partners": 3, "kin": 2, "about": 2}  # how often asked for
+INFORMATIVE = 0.45  # share of the questions that have a reply with several facts among their ranked ones
 
 
 def conversed(world: list[dict]) -> list[dict]:
@@ -284,7 +284,7 @@ class Talk:
                self.say(wrong, aspect if aspect in self.known(stranger) else "does", about=stranger),
                self.say(wrong, aspect, about=impostor)]
         bad = [text for text in dict.fromkeys(bad) if text not in good]
-        count = rng.choice((0, 1, 1)) if len(good) == 1 else rng.choice((1, 2))
+        count = 1 if not several else rng.choice((1, 2)) if len(good) > 1 else rng.choice((0, 0, 1))
         return good, [bad[i] for i in sorted(rng.sample(range(len(bad)), count))]
 
     def exchange(self, kind: str, before: tuple | None):
@@ -306,7 +306,7 @@ class Talk:
             question = self.say("ask", aspect, about=x)
         elif kind == "then":  # the occupation of the turn before
             x = before[0]
-            aspect = self.rng.choice([a for a in self.known(x) if a not in ("about", before[1])])
+            aspect = next(a for a in iter(lambda: self.aspect(x, unlike=before[1]), None) if a != "about")
             question = self.say("then", aspect)
         else:  # the question of the turn before
             aspect = before[1]

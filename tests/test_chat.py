@@ -479,8 +479,9 @@ def test_ctrl_r_searches_what_was_typed(terminal):
 
 def test_ctrl_x_ctrl_e_opens_an_editor(terminal):
     terminal.press("\x18\x05")
-    terminal.see("from the editor")
-    terminal.say("")
+    terminal.see("from the editor")  # which is sent when the editor is left, as in a shell
+    terminal.see("seventeen")
+    terminal.see(PROMPT)
     assert terminal.messages()[0]["content"] == "from the editor"
 
 

@@ -599,7 +599,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_in_processes(server, job: trials.Job, folder: Path, world: int = 2, seconds: float = 120, **more) -> list[int]:
+def run_in_processes(server, job: trials.Job, folder: Path, world: int = 2, seconds: float = 400, **more) -> list[int]:
     """A run in so many processes; their exit codes."""
     port = free_port()
     processes = [server.begin(job, folder, partial(as_rank, rank, world, port), **more) for rank in range(world)]

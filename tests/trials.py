@@ -117,7 +117,7 @@ class Server:
     def run(self, job: Job, folder: Path, prepare: Callable | None = None, **more) -> int:
         """A run to its end, whatever that is; its exit code, negative if it was killed."""
         process = self.begin(job, folder, prepare, **more)
-        process.join(120)
+        process.join(400)
         if process.exitcode is None:
             process.kill()
             pytest.fail(f"a run hangs: {tail(folder)}")
