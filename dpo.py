@@ -36,14 +36,15 @@ lora = lazy("lora")
 
 @dataclass(kw_only=True)
 class Config(Settings):
-    preset: Literal["sample", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "sample"  # defaults for a model's size
+    # defaults for a model's size; without one: the sample's where no --data is given, else those below
+    preset: Literal["none", "sample", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "none"
     model: str = "runs/sft"  # the model to start from, which is also the reference: a folder, as sft.py leaves it
     data: tuple[str, ...] = ("sample",)  # preferences: NAME, NAME:PATH or PATH, each with an optional @WEIGHT
     out: str = "runs/dpo"  # run folder; the same command again goes on where it stopped
     steps: int = 150  # optimiser steps
     batch_size: int = 32  # pairs a step, over all processes
     lr: float = 1e-4  # highest learning rate
-    lora_rank: int = 8  # rank of the LoRA adapters; 0 trains all weights
+    lora_rank: int = 16  # rank of the LoRA adapters; 0 trains all weights
     dropout: float = 0.0  # left out here, as noise that the reference lacks would count as reward; see --lora-dropout
 
     loss: Literal["sigmoid", "ipo", "cdpo", "robust", "length-normalised", "simpo"] = "sigmoid"  # DPO or a relative
@@ -64,9 +65,12 @@ class Config(Settings):
 REAL = {"data": ("ultrafeedback", "oasst1", "hh-rlhf@0.1"), "steps": 1000, "batch_size": 32,
         "prompts": ("What does a Data Scientist do? | What about a machine learning engineer?",
                     "Explain photosynthesis to a child.", "Write a short poem about the sea."),
-        "reply_tokens": 160, "lr": 5e-6, "lora_rank": 0, "eval_every": 100, "save_every": 100, "log_every": 5}
+        "reply_tokens": 160, "lr": 5e-6, "lora_rank": 0, "eval_every": 100, "save_every": 100,
+        "log_every": 5}
 PRESETS = {
-    "sample": {},
+    # a small model falls into repetitions at this rate: beta and the cross-entropy on chosen replies hold it
+    "sample": {"steps": 100, "batch_size": 24, "lr": 1e-3, "lora_rank": 32, "lora_alpha": 64.0, "beta": 0.3,
+               "nll": 1.5},
     # a laptop: OASST's ranks alone, 200 steps of 16
     "gpt2": REAL | {"data": ("oasst1",), "steps": 200, "batch_size": 16, "lr": 5e-5, "lora_rank": 16, "context": 512,
                     "eval_every": 50, "save_every": 50, "log_every": 1},

@@ -2,7 +2,7 @@
 
     uv run sft.py                                   the bundled sample: minutes on a laptop's CPU, no network
     uv run sft.py --preset gpt2-medium              OpenAI's GPT-2 355M on OASST and SmolTalk
-    uv run sft.py --model gpt2 --data my_chats.jsonl --out runs/mine
+    uv run sft.py --preset gpt2 --data my_chats.jsonl --out runs/mine
 """
 
 from __future__ import annotations
@@ -18,26 +18,29 @@ torch = lazy("torch")
 
 @dataclass(kw_only=True)
 class Config(Settings):
-    preset: Literal["sample", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "sample"  # defaults for a model's size
+    # defaults for a model's size; without one: the sample's where no --data is given, else those below
+    preset: Literal["none", "sample", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "none"
     model: str = "sample"  # sample, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in transformers' format
     data: tuple[str, ...] = ("sample",)  # conversations: NAME, NAME:PATH or PATH, each with an optional @WEIGHT
     out: str = "runs/sft"  # run folder; the same command again goes on where it stopped
     steps: int = 300  # optimiser steps
     batch_size: int = 32  # conversations a step, over all processes
-    lr: float = 1e-3  # highest learning rate
-    lora_rank: int = 0  # rank of the LoRA adapters; 0 trains all weights
+    lr: float = 3e-4  # highest learning rate
+    lora_rank: int = 16  # rank of the LoRA adapters; 0 trains all weights
 
     row_name: ClassVar[str] = "conversations"
 
 
 # What people have: a laptop (gpt2), one 24 GB GPU (gpt2-medium and -large), one 80 GB GPU (gpt2-xl). All but xl train
 # every weight: LoRA needs less memory, but full fine-tuning teaches a 2019 model to converse better.
-REAL = {"data": ("oasst1", "oasst2", "smoltalk@0.02"), "steps": 2000, "batch_size": 32,
+REAL = {"data": ("oasst1", "oasst2", "smoltalk@0.02"), "steps": 2000, "batch_size": 32, "lora_rank": 0,
         "prompts": ("What does a Data Scientist do? | What about a machine learning engineer?",
                     "Explain photosynthesis to a child.", "Write a short poem about the sea."),
         "reply_tokens": 160, "eval_every": 200, "save_every": 200, "log_every": 5}
 PRESETS = {
-    "sample": {},
+    # adapters: twice as fast where the vocabulary is most of the model, and what the base model knows of occupations
+    # that no conversation mentions survives them better than training all weights
+    "sample": {"steps": 280, "batch_size": 24, "lr": 3e-3, "lora_rank": 32, "lora_alpha": 64.0},
     # a laptop: LoRA halves time and memory, 300 steps of 16 are an evening
     "gpt2": REAL | {"model": "gpt2", "steps": 300, "batch_size": 16, "lr": 3e-4, "lora_rank": 16,
                     "data": ("oasst1",), "context": 512, "eval_every": 50, "save_every": 50, "log_every": 1},

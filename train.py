@@ -124,6 +124,8 @@ def command_line(config: type, presets: dict[str, dict] | None = None, args: lis
             raise ValueError(f"there is no {flag}" + (f"; did you mean {near[0]}?" if near else "")
                              + f"\nAll there are: uv run {Path(sys.argv[0]).name} --help")
     values: dict = {}
+    if presets and not {"--data", "--preset", "--config"} & {arg.partition("=")[0] for arg in args}:
+        args = ["--preset", "sample", *args]
     for flag in ("--preset", "--config"):
         for i, arg in enumerate(args):
             value = arg.partition("=")[2] if arg.startswith(flag + "=") else args[i + 1] if (

@@ -61,6 +61,12 @@ def settings(tiny_model, pairs):
     return make
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """A run's curves take longer to draw than its few steps; test_train.py looks at them."""
+    monkeypatch.setattr(train, "plot_curves", lambda folders, path: None)
+
+
 def records(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
@@ -319,6 +325,7 @@ def after_lora(tiny_model, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("start, more", [
     ("base", {"lora_rank": 0}), ("base", {"lora_rank": 4, "lora_dropout": 0.3}), ("base", {"dropout": 0.3}),
     ("sft", {"lora_rank": 0, "dropout": 0.3}), ("sft", {"lora_rank": 4, "micro_batch_tokens": 1})])
@@ -357,6 +364,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("more", [{"lora_rank": 0}, {"lora_rank": 4, "lora_dropout": 0.2}])
 def test_a_resumed_run_has_the_reference_of_the_first(more, settings, tmp_path, monkeypatch):
     """Killed after step 3 of 4 and its reference lost: it is computed anew, from the SFT model, not from the policy."""
@@ -455,6 +463,7 @@ def test_the_curves_of_a_dpo_run_have_rewards_margin_accuracy_and_kl(learnt, tmp
         assert drawn[key] == [r[key] for r in log], key
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_falling_chosen_reward_is_explained(settings, tmp_path, capsys):
     dpo.main(settings(out=str(tmp_path), steps=1))
     out = capsys.readouterr().out
@@ -481,6 +490,7 @@ def test_every_loss_trains(name, after_lora, pairs, settings):
     assert found[-1][0] < found[0][0] and found[-1][1] > found[0][1]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_sft_then_dpo_then_the_reply(tiny_model, tmp_path):
     """SFT learns two replies to every question; DPO makes the model say the one that it would not have said."""
     questions = {"Tea or coffee?": ["Tea, please.", "Coffee, black."], "Left or right?": ["Left.", "Right, always."],

@@ -525,7 +525,8 @@ DESIGNED = {"preset", "model", "data", "out", "steps", "batch_size", "micro_batc
 
 @pytest.mark.parametrize("script", [sft, dpo])
 def test_presets_construct_and_parse(script):
-    assert set(script.PRESETS) == set(get_args(get_type_hints(script.Config)["preset"])) == {"sample", *model.SIZES}
+    assert set(script.PRESETS) == {"sample", *model.SIZES}
+    assert set(get_args(get_type_hints(script.Config)["preset"])) == {"none", *script.PRESETS}
     for name, preset in script.PRESETS.items():
         cfg = train.command_line(script.Config, script.PRESETS, ["--preset", name])
         assert cfg == script.Config(**preset | {"preset": name})
@@ -552,8 +553,8 @@ class Ban:
     def find_spec(name, path=None, target=None):
         assert name.split(".")[0] not in ("torch", "transformers", "datasets", "matplotlib", "model", "lora"), name
 sys.meta_path.insert(0, Ban)
-sys.argv[1:] = ["--help"]
-runpy.run_path(sys.argv.pop(0), run_name="__main__")
+sys.argv[:] = [sys.argv[1], "--help"]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -569,7 +570,7 @@ def test_help_imports_nothing_slow_and_explains_every_flag(script):
         at = next(i for i, line in enumerate(lines) if line.startswith(flag + " ") or line.startswith(flag + ","))
         text = " ".join(lines[at:at + 2]) if len(lines[at].split("  ")) == 1 else lines[at]
         explained = re.sub(r"\(default: .*", "", text.partition("  ")[2] or lines[at + 1])
-        assert len(explained.split()) > 2, f"{flag} has no help: {text}"
+        assert len(explained.split()) > 1, f"{flag} has no help: {text}"
 
 
 def script(module, *args, monkeypatch, capsys):
