@@ -693,13 +693,17 @@ def read_oasst(rows: Iterable[FileRow], count: Count, language: str) -> Iterator
 
 
 def read_oasst_pairs(rows: Iterable[FileRow], count: Count, language: str) -> Iterator[Preference]:
-    """OASST ranks: of two ranked siblings the one of lower rank is better; the conversation so far is the prompt."""
+    """OASST ranks: of two ranked siblings the one of lower rank is better; the conversation so far is the prompt.
+
+    A reply that failed its review may be the worse one, never the better.
+    """
     roots, replies = oasst_forest(rows, count, language)
     for path, defect in chain.from_iterable(oasst_walk(root, replies) for root in roots):
         count.drop(defect, defect is not None)
         if defect or path[-1].role == "assistant":
             continue
-        siblings = [m for m in replies.get(path[-1].id, ()) if m.role == "assistant" and not m.defect]
+        siblings = [m for m in replies.get(path[-1].id, ()) if m.role == "assistant"
+                    and m.defect in (None, "failed review")]    # people ranked those too: last, and rightly
         ranked = [m for m in siblings if m.rank is not None]
         count.drop("no rank", len(siblings) - len(ranked))
         count.drop("nothing to compare with", len(ranked) == 1)
@@ -708,6 +712,8 @@ def read_oasst_pairs(rows: Iterable[FileRow], count: Count, language: str) -> It
             try:
                 if better.rank == worse.rank:
                     raise Drop("tied ranks")
+                if better.defect:
+                    raise Drop(better.defect)
                 yield comparison([m.as_dict() for m in path], better.text, worse.text, (better.id, worse.id))
             except Drop as drop:
                 count.drop(drop.args[0])
@@ -718,8 +724,8 @@ def read_oasst_pairs(rows: Iterable[FileRow], count: Count, language: str) -> It
 
 @dataclass(frozen=True)
 class DataSet:
-    conversations: Reader | None
-    preferences: Reader | None
+    conversations: Reader | None = None
+    preferences: Reader | None = None
     file: Path | None = None                # where it is, if it came with the project
     hub: str | None = None                  # and if not
     config: str | None = None

@@ -25,15 +25,15 @@ class Config(Settings):
     out: str = "runs/sft"  # run folder; the same command again goes on where it stopped
     steps: int = 300  # optimiser steps
     batch_size: int = 32  # conversations a step, over all processes
-    lr: float = 3e-4  # highest learning rate
-    lora_rank: int = 16  # rank of the LoRA adapters; 0 trains all weights
+    lr: float = 1e-4  # highest learning rate
+    lora_rank: int = 0  # rank of the LoRA adapters; 0 trains all weights
 
     row_name: ClassVar[str] = "conversations"
 
 
 # What people have: a laptop (gpt2), one 24 GB GPU (gpt2-medium and -large), one 80 GB GPU (gpt2-xl). All but xl train
 # every weight: LoRA needs less memory, but full fine-tuning teaches a 2019 model to converse better.
-REAL = {"data": ("oasst1", "oasst2", "smoltalk@0.02"), "steps": 2000, "batch_size": 32, "lora_rank": 0,
+REAL = {"data": ("oasst1", "oasst2", "smoltalk@0.02"), "steps": 2000, "batch_size": 32,
         "prompts": ("What does a Data Scientist do? | What about a machine learning engineer?",
                     "Explain photosynthesis to a child.", "Write a short poem about the sea."),
         "reply_tokens": 160, "eval_every": 200, "save_every": 200, "log_every": 5}
