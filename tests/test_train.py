@@ -362,7 +362,7 @@ def test_the_same_command_on_a_finished_run_does_nothing(finished, capsys):
 
 def test_another_configuration_is_refused_with_the_difference(finished, tiny_model, tmp_path):
     weights = (Path(finished.out) / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=r"(?s)holds another run.*--lr: 0\.001 there, 0\.002 now.*--overwrite"):
+    with pytest.raises(ValueError, match=r"(?s)holds another run.*--lr: 0\.0001 there, 0\.002 now.*--overwrite"):
         sft.main(replace(finished, lr=0.002))
     changes = {"lr": 0.002, "beta2": 0.9, "warmup": 0.3, "clip": 2.0}
     with pytest.raises(ValueError, match=r"and 2 more") as refusal:
@@ -534,7 +534,10 @@ def test_presets_construct_and_parse(script):
             assert cfg.model == name
         changed = train.command_line(script.Config, script.PRESETS, ["--steps", "7", f"--preset={name}"])
         assert changed == replace(cfg, steps=7)
-    assert train.command_line(script.Config, script.PRESETS, []) == script.Config()
+    sample = train.command_line(script.Config, script.PRESETS, ["--preset", "sample"])
+    assert train.command_line(script.Config, script.PRESETS, []) == sample  # with no options: the sample
+    own = train.command_line(script.Config, script.PRESETS, ["--data", "own.jsonl"])
+    assert own == script.Config(data=("own.jsonl",))  # its rates are not for other data
 
 
 @pytest.mark.parametrize("script", [sft, dpo])
