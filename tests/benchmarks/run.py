@@ -86,7 +86,7 @@ def training(cfg: Config, folder: Path) -> None:
 
 def decoding(cfg: Config, folder: Path) -> None:
     int8 = {"int8": True}
-    kinds = {"ours fp32": ("ours", {}), "ours int8": ("ours", int8), "transformers fp32": ("transformers", {}),
+    kinds = {"ours fp32": ("ours", {}), "transformers fp32": ("transformers", {}),
              "CTranslate2 fp32": ("ctranslate2", {}), "CTranslate2 int8": ("ctranslate2", int8)}
     results: dict[str, list] = {kind: [] for kind in kinds}
     for _ in range(cfg.repeats):

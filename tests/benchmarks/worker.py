@@ -74,8 +74,6 @@ def ours_generate(folder: str, options: dict) -> dict:
     gpt = model.GPT.from_pretrained(folder).eval()
     if options.get("dtype", "fp32") == "bf16":
         gpt = gpt.bfloat16()
-    if options.get("int8"):
-        model.quantize(gpt)
 
     def run(prompt: list[int], new: int) -> list[float]:
         stamps = [time.perf_counter()]
