@@ -388,6 +388,7 @@ def test_autocast_computes_in_bf16_but_returns_fp32():
         assert (gradient - exact_gradients[name]).norm() < 0.05 * exact_gradients[name].norm(), name
 
 
+@pytest.mark.full
 def test_compiled_blocks_give_the_same_loss_and_plain_names(monkeypatch):
     if not any(map(shutil.which, ("g++", "clang++", "cl"))):
         pytest.skip("torch.compile needs a C++ compiler")
@@ -415,7 +416,7 @@ def naive_greedy(gpt: GPT, ids: list[int], count: int) -> list[int]:
         while len(ids) < written + count:
             start = 0
             while len(ids) - start > positions:
-                start += positions // 2
+                start += max(1, positions // 2)
             ids.append(int(gpt(torch.tensor([ids[start:]]))[0, -1].argmax()))
     return ids[written:]
 
