@@ -404,7 +404,7 @@ def generate_batch(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, stop
             raise ValueError(f"a prompt of {longest} tokens exceeds the model's {gpt.config.n_positions} positions")
         pads = [longest - len(prompts[i]) for i in group]
         cache = KVCache(gpt, len(group), pads, positions=longest + max_new_tokens)
-        tokens = torch.tensor([[stop] * pad + prompts[i] for i, pad in zip(group, pads, strict=True)])
+        tokens = torch.tensor([prompts[i][:1] * pad + prompts[i] for i, pad in zip(group, pads, strict=True)])
         going = torch.ones(len(group), dtype=torch.bool)
         for _ in range(max_new_tokens):
             tokens = cache.extend(gpt, tokens.to(gpt.device)).argmax(-1).cpu()[:, None]    # (B, 1)
