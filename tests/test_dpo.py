@@ -133,6 +133,13 @@ def test_the_loss_of_a_batch_by_hand(settings):
         "kl": (2 + 0.5 + 0 + 0.5 + 0 + 0.5) / 6 + (0.5 + 2) / 2}, abs=1e-5)
 
 
+def test_a_policy_that_is_its_reference_by_hand(settings):
+    """ln 2 a pair, no reward, no KL, and no pair told apart: a tie is not right."""
+    alike = {0: POLICY.target_logprobs(None)[:6], 1: POLICY.target_logprobs(None)[6:]}
+    loss, _, found = dpo.dpo_loss(POLICY, HAND_BATCH, alike, settings())
+    assert float(loss) == pytest.approx(2 * math.log(2)) and all(float(value) == 0 for value in found.values())
+
+
 def test_the_nll_term_by_hand(settings):
     """The chosen replies' mean log-probabilities are -10/4 and -2; the rejected ones do not enter."""
     plain, _, _ = dpo.dpo_loss(POLICY, HAND_BATCH, REFERENCE, settings())
@@ -188,7 +195,7 @@ def test_shared_prompts_equal_two_forward_passes(name, nll, tiny_model, other_mo
         total = total + dpo.LOSSES[name](*sides, cfg) - nll * policy[0] / len(row.chosen)
     (total / 4).backward()
 
-    assert int(count) == 4 and float(loss) == pytest.approx(float(total), rel=1e-4)
+    assert int(count) == 4 and loss.item() == pytest.approx(total.item(), rel=1e-4)
     gradients = dict(naive.named_parameters())
     largest = max(float(p.grad.abs().max()) for p in gradients.values())
     assert largest > 1e-4
