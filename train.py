@@ -843,8 +843,9 @@ def plot_curves(folders: list[Path], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = [Path(f).name for f in folders]
-    runs = {str(f) if names.count(name) > 1 else name: read_metrics(f) for name, f in zip(names, folders, strict=True)}
+    whole = [Path(f).absolute() for f in folders]
+    shared = os.path.commonpath(whole) if len({f.name for f in whole}) < len(whole) else ""
+    runs = {os.path.relpath(f, shared) if shared else f.name: read_metrics(f) for f in whole}
     present = {key for records in runs.values() for record in records for key in record}
     panels = [panel for panel in PANELS if present & set(panel[1])]
     columns = min(4, len(panels)) if len(panels) != 4 else 2

@@ -269,7 +269,7 @@ def test_loss_rewards_and_gradients_are_trls(name, trl_name, trl, tiny_model, ot
     loss, count, found = dpo.dpo_loss(gpt, batch, table(frozen, rows), settings(loss=name, beta=0.1))
     (loss / count).backward()
     wanted, metrics, policy = theirs(trl, trl_name, range(4))
-    assert float(loss / count) == pytest.approx(wanted, rel=1e-4)
+    assert loss.item() / 4 == pytest.approx(wanted, rel=1e-4) and int(count) == 4
     for ours, key in (("chosen_reward", "chosen"), ("rejected_reward", "rejected"), ("reward_margin", "margins"),
                       ("reward_accuracy", "accuracies")):
         assert float(found[ours]) / 4 == pytest.approx(metrics[f"rewards/{key}"], rel=1e-4, abs=1e-5)
