@@ -178,52 +178,49 @@ class GPT(nn.Module):
 
 
 class LogProbs(torch.autograd.Function):
-    """log softmax(hidden W^T) at the targets, in chunks of rows: (M, C), (V, C), (M,) -> (M,), in fp32.
+    """log softmax(hidden W^T) at the targets, in blocks of the vocabulary: (M, C), (V, C), (M,) -> (M,), in fp32.
 
-    The trick: d log p / d hidden = W[target] - softmax W is formed while the chunk's logits are at hand, so neither
-    they nor their gradient outlive the chunk, and a frozen head (LoRA) costs no second pass. A head that learns
-    computes its logits once more in the backward pass. Logits are products in the working precision; the softmax over
-    them is taken in fp32.
+    Neither the (M, V) logits nor their gradient ever exist. Two tricks. The softmax is taken online (Milakov and
+    Gimelshein 2018, https://arxiv.org/abs/1805.02867, algorithm 3): a running maximum and sum, rescaled when a block
+    holds a larger logit. And d log p / d hidden = W[target] - softmax W is summed up on the way, as FlashAttention sums
+    up its values, so a frozen head (LoRA) costs no second pass. A head that learns computes its logits once more in the
+    backward pass. Logits are products in the working precision; sums over them are taken in fp32.
     """
 
-    CHUNK = 512  # 512 * 50,257 fp32 logits are 103 MB: large enough for fast products, small beside the activations
+    BLOCK = 4096  # logits of a few hundred targets stay in a CPU's cache, and each row of W is read once
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         device = hidden.device.type
         working = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        head, logprobs, slopes = weight.to(working), [], []
-        for h, target in LogProbs._chunks(hidden, targets):
-            logp = LogProbs._log_softmax(h.to(working), head)                               # (m, V)
-            logprobs.append(logp.gather(1, target[:, None])[:, 0])
+        h, head, wide = hidden.to(working), weight.to(working), torch.promote_types(working, torch.float32)
+        top = torch.full_like(targets, -math.inf, dtype=wide)[:, None]                      # (M, 1)
+        total, mean = torch.zeros_like(top), torch.zeros_like(hidden, dtype=wide)           # (M, 1), (M, C)
+        for rows in head.split(LogProbs.BLOCK):
+            logits = (h @ rows.t()).to(wide)                                                # (M, block)
+            higher = torch.maximum(top, logits.amax(1, keepdim=True))
+            rescale, likelihood = (top - higher).exp(), logits.sub_(higher).exp_()
+            total = total * rescale + likelihood.sum(1, keepdim=True)
             if ctx.needs_input_grad[0]:
-                slopes.append(head[target] - logp.exp_().to(working) @ head)                # (m, C)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(slopes) if slopes else None)
+                mean = mean * rescale + likelihood.to(working) @ rows
+            top = higher
+        chosen = head[targets].to(wide)                                                     # (M, C)
+        logsumexp = top + total.log()                                                       # (M, 1)
+        ctx.save_for_backward(hidden, weight, targets, logsumexp, chosen - mean / total)
         ctx.working = working
-        return torch.cat(logprobs)
-
-    @staticmethod
-    def _chunks(*tensors: Tensor):
-        return zip(*(t.split(LogProbs.CHUNK) for t in tensors), strict=True)
-
-    @staticmethod
-    def _log_softmax(hidden: Tensor, head: Tensor) -> Tensor:
-        return (hidden @ head.t()).to(torch.promote_types(head.dtype, torch.float32)).log_softmax(-1)
+        return ((h * chosen).sum(1, keepdim=True) - logsumexp)[:, 0]
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        hidden, weight, targets, slopes = ctx.saved_tensors
-        grad_hidden = grad_weight = None
-        if slopes is not None:
-            grad_hidden = (grad[:, None] * slopes).to(hidden.dtype)
+        hidden, weight, targets, logsumexp, slope = ctx.saved_tensors
+        grad_hidden, grad_weight = (grad[:, None] * slope).to(hidden.dtype), None
         if ctx.needs_input_grad[1]:
-            head = weight.to(ctx.working)
-            grad_weight = torch.zeros_like(weight)
-            for h, target, g in LogProbs._chunks(hidden.to(ctx.working), targets, grad):
-                scaled = h * g[:, None].to(h.dtype)                                         # (m, C)
-                probs = LogProbs._log_softmax(h, head).exp_().to(ctx.working)               # (m, V)
-                grad_weight -= probs.t() @ scaled
-                grad_weight.index_add_(0, target, scaled.to(weight.dtype))
+            h, head, grad_weight = hidden.to(ctx.working), weight.to(ctx.working), torch.empty_like(weight)
+            scaled = h * grad[:, None].to(h.dtype)                                          # (M, C)
+            for rows, grad_rows in zip(head.split(LogProbs.BLOCK), grad_weight.split(LogProbs.BLOCK), strict=True):
+                softmax = (h @ rows.t()).to(logsumexp.dtype).sub_(logsumexp).exp_()         # (M, block)
+                grad_rows.copy_(-softmax.to(h.dtype).t() @ scaled)
+            grad_weight.index_add_(0, targets, scaled.to(weight.dtype))
         return grad_hidden, grad_weight, None
 
 

@@ -426,7 +426,7 @@ def seed_at(*position: int) -> int:
 
 
 def memory_estimate(gpt: model.GPT, cfg: Settings, run: Run) -> int:
-    """Bytes at the peak of a step: weights, gradients, AdamW's two moments, activations, one chunk of logits."""
+    """Bytes at the peak of a step: weights, gradients, AdamW's two moments, activations, one block of logits."""
     c = gpt.config
     learning = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in gpt.parameters())
@@ -437,10 +437,10 @@ def memory_estimate(gpt: model.GPT, cfg: Settings, run: Run) -> int:
     # the MLP's 4C before and after GELU, the residual stream, and what the adapters read
     per_token = (2 if cfg.recompute else 19 * c.n_layer) * c.n_embd * width + 2 * c.n_layer * c.n_embd * 4
     tokens = max(cfg.micro_batch_tokens, cfg.context)
-    chunk = 3 * model.LogProbs.CHUNK * c.vocab_size * 4
+    block = 3 * tokens * model.LogProbs.BLOCK * 4  # logits as they come, as fp32, and what the next product reads
     head = 0 if cfg.lora_rank else c.vocab_size * c.n_embd * 4
     sharded = (weights + 12 * learning) / (run.world if cfg.fsdp else 1)
-    return int(sharded + tokens * per_token + chunk + head)
+    return int(sharded + tokens * per_token + block + head)
 
 
 def memory_free(device: torch.device) -> int:
