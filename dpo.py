@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import data
@@ -20,6 +21,7 @@ from train import (
     Run,
     Settings,
     begin,
+    fingerprint,
     finish,
     lazy,
     run_script,
@@ -69,8 +71,8 @@ REAL = {"data": ("ultrafeedback", "oasst1", "hh-rlhf@0.1"), "steps": 1000, "batc
         "log_every": 5}
 PRESETS = {
     # a small model falls into repetitions at this rate: beta and the cross-entropy on chosen replies hold it
-    "sample": {"steps": 100, "batch_size": 24, "lr": 1e-3, "lora_rank": 32, "lora_alpha": 64.0, "beta": 0.3,
-               "nll": 1.5},
+    "sample": {"steps": 100, "batch_size": 24, "lr": 5e-4, "lora_rank": 32, "lora_alpha": 64.0, "beta": 0.3,
+               "nll": 1.5, "reply_tokens": 64},
     # a laptop: OASST's ranks alone, 200 steps of 16
     "gpt2": REAL | {"data": ("oasst1",), "steps": 200, "batch_size": 16, "lr": 5e-5, "lora_rank": 16, "context": 512,
                     "eval_every": 50, "save_every": 50, "log_every": 1},
@@ -195,19 +197,15 @@ def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config,
     The reference is the model before training: adapters off, dropout off, no second model in memory. A run that is
     resumed comes here with the SFT model's weights, before the checkpoint is loaded, and finds its own file again.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     rows, seen = pairs.train + pairs.val, set()
     for batches in (validation, *(training(step, cfg.micro_batch_tokens) for step in range(cfg.steps))):
         seen |= {int(row) for batch in batches for row in batch.rows}
     key = repr((run.about["model"]["sha256"], pairs.fingerprint, sorted(seen), run.dtype))
     path = run.folder / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    try:
-        table = load_file(path)
-    except (FileNotFoundError, SafetensorError):  # the first time, or cut short by a power failure
+    if not (table := read_table(path)):
         run.say(f"reference log-probabilities of {len(seen):,} pairs ...")
-        table = {}
         gpt.eval()
         with torch.no_grad(), lora.adapters_disabled(gpt), run.autocast():
             for batch in data.micro_batches(rows, sorted(seen), cfg.micro_batch_tokens):
@@ -215,9 +213,21 @@ def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config,
                 sizes = [len(rows[row].chosen) + len(rows[row].rejected) for row in batch.rows]
                 table |= {str(row): part.clone() for row, part in zip(batch.rows, logprobs.split(sizes), strict=True)}
         with writing(path, sum(4 * len(logprobs) for logprobs in table.values())):
-            save_file(table, path.with_suffix(".tmp"))
+            save_file(table, path.with_suffix(".tmp"), metadata={"sha256": fingerprint(table)})
             path.with_suffix(".tmp").replace(path)
     return {int(row): logprobs for row, logprobs in table.items()}
+
+
+def read_table(path: Path) -> dict[str, torch.Tensor]:
+    """The table as it was written; {} the first time, and where a power cut or the disk left something else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            table = {row: file.get_tensor(row) for row in file.keys()}  # noqa: SIM118 - it is no dict
+            return table if file.metadata() == {"sha256": fingerprint(table)} else {}
+    except (FileNotFoundError, SafetensorError):
+        return {}
 
 
 def main(cfg: Config) -> dict:

@@ -337,7 +337,7 @@ class Run:
         if cfg.context > gpt.config.n_positions:
             raise ValueError(f"--context {cfg.context} is more than the {gpt.config.n_positions} positions of {spec}")
         self.about["model"] = {"name": spec, "parameters": sum(p.numel() for p in gpt.parameters()),
-                               "sha256": fingerprint(gpt)}
+                               "sha256": fingerprint(gpt.state_dict())}
         if cfg.lora_rank:
             torch.manual_seed(cfg.seed)
             lora.add_adapters(gpt, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.rslora, cfg.lora_targets)
@@ -348,12 +348,12 @@ class Run:
         return gpt.to(self.device)
 
 
-def fingerprint(gpt: model.GPT) -> str:
-    """sha256 of the weights: a run that is resumed must start from the same model."""
+def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 of names and values: a run that is resumed must start from the same model."""
     digest = hashlib.sha256()
-    for name, weight in sorted(gpt.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -929,13 +929,13 @@ def checks_table(before: dict, after: dict):
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="checks, before -> after", title_justify="left")
-    for column in ("group", "questions", "correct", "facts per reply", "end by themselves", "words per reply"):
-        table.add_column(column, justify="left" if column == "group" else "right")
+    table = Table(title="checks, before -> after", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("group", "asked", "correct", "facts\nper reply", "end by\nthemselves", "words\nper reply"):
+        table.add_column(column, justify="left" if column == "group" else "right", no_wrap=column != "group")
     for group, now in after.items():
         was = before.get(group, now)
-        table.add_row(Text(data.visible(group)), str(now["n"]), f"{was['correct']:.1%} -> {now['correct']:.1%}",
-                      f"{was['facts']:.2f} -> {now['facts']:.2f}", f"{was['ended']:.1%} -> {now['ended']:.1%}",
+        table.add_row(Text(data.visible(group)), str(now["n"]), f"{was['correct']:.0%} -> {now['correct']:.0%}",
+                      f"{was['facts']:.2f} -> {now['facts']:.2f}", f"{was['ended']:.0%} -> {now['ended']:.0%}",
                       f"{was['words']:.1f} -> {now['words']:.1f}")
     return table
 

@@ -460,7 +460,7 @@ def pretrain(world: list[dict], phrases: dict, cfg: Config) -> None:
     gpt = model.GPT(model.GPTConfig(len(vocabulary) + 1, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head))
     with Run("documents", cfg) as run:
         run.about["model"] = {"name": "new", "parameters": sum(p.numel() for p in gpt.parameters()),
-                              "sha256": fingerprint(gpt)}
+                              "sha256": fingerprint(gpt.state_dict())}
         gpt = gpt.to(run.device)
         begin(gpt, rows, cfg, run)
         loss = partial(documents_loss, unused=data.EOT + 1 - len(vocabulary))

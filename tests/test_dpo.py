@@ -365,6 +365,12 @@ def test_the_reference_is_the_model_without_adapters_and_without_dropout(tiny_mo
     assert set(reference) == set(again) == set(range(len(rows)))
     for row, logprobs in plain.items():
         assert torch.allclose(reference[row], logprobs, atol=1e-4) and torch.equal(reference[row], again[row])
+    [kept] = tmp_path.glob("reference-*.safetensors")
+    content = kept.read_bytes()
+    assert dpo.read_table(kept).keys() == set(map(str, again))
+    for damaged in (content[:-1] + bytes([content[-1] ^ 1]), content[:-4], content[:20], b""):  # the disk forgets a bit
+        kept.write_bytes(damaged)
+        assert dpo.read_table(kept) == {}
 
 
 class Killed(Exception):

@@ -1,6 +1,7 @@
 """Nothing is let in: no row of a file brings a reader down or a control token into a batch.
 
-The quick tier reads hundreds of mutated rows of each format, `uv run pytest -m full` 10,000; mutants.py makes them.
+The quick tier reads hundreds of mutated rows of each format, `uv run pytest -n 0 -m full` 10,000; mutants.py makes
+them.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The default pipeline, run once as a newcomer runs it, and what it has to teach: `uv run pytest -m pipeline`."""
+"""The default pipeline, run once as a newcomer runs it, and what it has to teach: `uv run pytest -n 0 -m pipeline`."""
 
 import subprocess
 import sys

@@ -1,7 +1,7 @@
 """Nothing is lost: a run that is killed, signalled or starved goes on bit for bit, and a checkpoint is whole or absent.
 
-The quick tier samples; `uv run pytest -m full` makes the same trials at every system call of a save, at hundreds of
-random moments, and with torchrun. How runs are made cheap is in trials.py; what breaks them, in faults.py.
+The quick tier samples; `uv run pytest -n 0 -m full` makes the same trials at every system call of a save, at hundreds
+of random moments, and with torchrun. How runs are made cheap is in trials.py; what breaks them, in faults.py.
 """
 
 import errno

@@ -507,7 +507,7 @@ def test_checks_table_shows_before_and_after(capsys):
     before, after = {"all": score | {"correct": 0.0}}, {"all": score, "[/x]\x1b[1m": score}
     Console(width=120).print(train.checks_table(before, after))
     out = capsys.readouterr().out
-    assert "0.0% -> 25.0%" in out and "0.50 -> 0.50" in out
+    assert "0% -> 25%" in out and "0.50 -> 0.50" in out
     assert "[/x]" in out and "\x1b" not in out
 
 
