@@ -67,8 +67,7 @@ class Config(Settings):
 REAL = {"data": ("ultrafeedback", "oasst1", "hh-rlhf@0.1"), "steps": 1000, "batch_size": 32,
         "prompts": ("What does a Data Scientist do? | What about a machine learning engineer?",
                     "Explain photosynthesis to a child.", "Write a short poem about the sea."),
-        "reply_tokens": 160, "lr": 5e-6, "lora_rank": 0, "eval_every": 100, "save_every": 100,
-        "log_every": 5}
+        "reply_tokens": 160, "lr": 5e-6, "lora_rank": 0, "eval_every": 100, "save_every": 100, "log_every": 5}
 PRESETS = {
     # a small model falls into repetitions at this rate: beta and the cross-entropy on chosen replies hold it
     "sample": {"steps": 100, "batch_size": 24, "lr": 5e-4, "lora_rank": 32, "lora_alpha": 64.0, "beta": 0.3,

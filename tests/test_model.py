@@ -387,6 +387,39 @@ def test_the_logits_of_a_whole_batch_never_exist_in_training(monkeypatch):
     assert (1, 20, 61) in seen.found  # this is how the naive form would have shown
 
 
+def test_autocast_computes_in_bf16_but_returns_fp32():
+    gpt = random_gpt(spread=0.1).float()
+    batch, _ = pack(ROWS)
+    exact = gpt.target_logprobs(batch)
+    exact_gradients = gradients(gpt, exact.sum())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = gpt.target_logprobs(batch)
+    assert rounded.dtype == torch.float32
+    close(rounded, exact, 0.05)
+    assert not torch.equal(rounded, exact)
+    for name, gradient in gradients(gpt, rounded.sum()).items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - exact_gradients[name]).norm() < 0.05 * exact_gradients[name].norm(), name
+
+
+@pytest.mark.full
+def test_compiled_blocks_give_the_same_loss_and_plain_names(monkeypatch):
+    if not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        pytest.skip("torch.compile needs a C++ compiler")
+    monkeypatch.setattr(Packed, "__call__", torch.compiler.disable(Packed.__call__))  # as train.py does
+    gpt = random_gpt()
+    batch, separate = pack(ROWS)
+    names, plain = list(gpt.state_dict()), gradients(gpt, naive_logprobs(gpt, separate).sum())
+    torch._dynamo.reset()
+    for block in gpt.h:
+        block.compile()
+    loss = gpt.target_logprobs(batch).sum()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    close(loss, naive_logprobs(random_gpt(), separate).sum(), 1e-8)
+    same_gradients(gradients(gpt, loss), plain, 1e-8)
+    assert list(gpt.state_dict()) == names
+
+
 # ---- generation ----------------------------------------------------------------------------------
 
 
