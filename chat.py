@@ -116,7 +116,9 @@ def reply(gpt, messages: data.Conversation, cfg: Config, *, cache=None, seed: in
             text = text if begun else text.lstrip()
             begun, piece = begun or bool(text), text.rstrip()
             space = text[len(piece):]
+            paused = time.perf_counter()
             yield piece
+            began += time.perf_counter() - paused  # meanwhile another model may have spoken: that is not its time
         if stats.written == limit:
             full = limit < cfg.max_new_tokens
             stats.cut_off = "cut off: the context is full" if full else f"cut off: max_new_tokens is {limit}"
@@ -322,6 +324,39 @@ class Chat:
         return reply(self.gpt, system + self.messages, cfg, cache=self.cache, seed=seed, stats=self.stats)
 
 
+BETWEEN = " | "  # stands between columns
+
+
+def pad(text: str, width: int) -> str:
+    return text + " " * (width - columns(text))
+
+
+class Column:
+    """A reply that grows in a column of its own, as lines that are not printed yet."""
+
+    def __init__(self, chat: Chat, width: int, pieces: Iterator[str]):
+        self.chat, self.coming, self.going = chat, pieces, True
+        self.pieces: list[str] = []
+        self.lines = [""]
+        self.wrap = Wrap(self.write, lambda: width)
+
+    def write(self, text: str) -> None:
+        first, *more = text.split("\n")
+        self.lines[-1] += first
+        self.lines += more
+
+    def step(self, stopped: Callable[[], bool]) -> None:
+        """The reply's next token, or the note with which it ends."""
+        piece = None if stopped() else next(self.coming, None)
+        self.going = piece is not None
+        if self.going:
+            self.pieces.append(piece)
+            return self.wrap.feed(piece)
+        if note := "stopped" if stopped() else self.chat.stats.cut_off:
+            self.wrap.feed(f"\n({note})")
+        self.wrap.flush()
+
+
 class Session:
     """What was said, to which models, with which settings."""
 
@@ -374,8 +409,12 @@ class Session:
             self.told_of_overflow = True
             self.screen.say(f"(the conversation has outgrown the {self.chats[0].gpt.config.n_positions:,} tokens that "
                             "the model reads at once: it no longer sees the oldest exchanges)", "note")
+        width = self.screen.width() // len(self.chats) - len(BETWEEN)
         with reply_in_progress(self.screen) as stopped:
-            texts = [self.answer_of(chat, stopped) for chat in self.chats]
+            if len(self.chats) > 1 and self.screen.terminal and width >= 20:
+                texts = self.answers_side_by_side(width, stopped)
+            else:
+                texts = [self.answer_of(chat, stopped) for chat in self.chats]
         for chat, text in zip(self.chats, texts, strict=True):
             chat.messages = [*chat.messages, {"role": "assistant", "content": text}]
         if not any(texts):
@@ -402,6 +441,30 @@ class Session:
             self.screen.say(f"({note})", "note")
         self.screen.write("\n")
         return "".join(pieces).rstrip()
+
+    def answers_side_by_side(self, width: int, stopped: Callable[[], bool]) -> list[str]:
+        """Show all models' replies in columns so wide; they take turns, token by token.
+
+        A line is printed when every column has it, and never moves after that.
+        """
+        sides = [Column(chat, width, chat.reply(self.system, self.cfg)) for chat in self.chats]
+        self.screen.say(BETWEEN.join(pad(f"[{side.chat.name}]"[:width], width) for side in sides), "label")
+        shown = 0
+        try:
+            while going := [side for side in sides if side.going]:
+                for side in going:
+                    side.step(stopped)
+                ready = min((len(side.lines) - 1 for side in sides if side.going),
+                            default=max(len(side.lines) for side in sides))
+                for row in range(shown, ready):
+                    cells = [side.lines[row] if row < len(side.lines) else "" for side in sides]
+                    self.screen.write(BETWEEN.join(pad(cell, width) for cell in cells).rstrip(" ") + "\n")
+                shown = max(shown, ready)
+        except KeyboardInterrupt:
+            for chat in self.chats:
+                chat.cache = None  # the bookkeeping of one may be half done
+        self.screen.write("\n")
+        return ["".join(side.pieces).rstrip() for side in sides]
 
     def answer_once(self, text: str) -> None:
         """Every model's reply to a single prompt, and nothing else on standard output."""

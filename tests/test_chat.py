@@ -419,13 +419,13 @@ def test_ctrl_c_stops_the_reply_and_keeps_what_there_is(endless):
 
 
 def test_ctrl_c_stops_all_of_several_models(terminal):
-    terminal.say("/compare endless runs/sft")
+    terminal.say("/compare endless random")
     terminal.say("/set max_new_tokens 900")
     terminal.press("Hello\r")
     terminal.see(r"\[endless\]")
     terminal.see("seventeen")
     terminal.press("\x03")
-    assert "[runs/sft]" not in terminal.see(PROMPT)
+    assert terminal.see(PROMPT).count("(stopped)") == 3
 
 
 def test_keys_typed_during_a_reply_wait_for_the_prompt(endless):
@@ -720,12 +720,22 @@ def test_compare(terminal):
     terminal.say("Hello")
     assert "(answering: runs/dpo, runs/sft)" in terminal.say("/compare runs/sft")
     shown = terminal.say("Again")
-    assert re.search(r"\[runs/dpo\]\n.*seventeen!.*\n\[runs/sft\]\n.*seventeen\.", shown, re.S)
+    labels, *rows = shown[shown.index("[runs/dpo]"):shown.rindex("\n\n")].split("\n")
+    assert re.fullmatch(r"\[runs/dpo\] {27} \| \[runs/sft\]", labels)  # 80 // 2 - 3 = 37 columns each
+    left, right = (" ".join(cells).split() for cells in zip(*(row.ljust(40).split(" | ") for row in rows), strict=True))
+    assert "seventeen!" in left and "seventeen." in right and not {"seventeen!", "|"} & set(right)
     file = terminal.folder / "both.jsonl"
     terminal.say(f"/save {file.name}")
     saved = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
     assert len(saved) == 2 and saved[0][:3] == saved[1][:3] and saved[0][3] != saved[1][3]
     assert "(answering: runs/dpo)" in terminal.say("/compare")
+
+
+def test_compare_in_a_narrow_terminal_is_one_below_the_other(terminal):
+    terminal.say("/compare runs/sft")
+    terminal.resize(30)
+    shown = terminal.say("Hello")
+    assert re.search(r"\[runs/dpo\]\n.*seventeen!.*\n\[runs/sft\]\n.*seventeen\.", shown, re.S) and "|" not in shown
 
 
 def test_compare_refuses_what_is_no_model(terminal):
