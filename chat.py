@@ -16,7 +16,7 @@ import sys
 import textwrap
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
@@ -334,11 +334,11 @@ def pad(text: str, width: int) -> str:
 class Column:
     """A reply that grows in a column of its own, as lines that are not printed yet."""
 
-    def __init__(self, chat: Chat, width: int, pieces: Iterator[str]):
+    def __init__(self, chat: Chat, width: Callable[[], int], pieces: Iterator[str]):
         self.chat, self.coming, self.going = chat, pieces, True
         self.pieces: list[str] = []
         self.lines = [""]
-        self.wrap = Wrap(self.write, lambda: width)
+        self.wrap = Wrap(self.write, width)
 
     def write(self, text: str) -> None:
         first, *more = text.split("\n")
@@ -409,10 +409,9 @@ class Session:
             self.told_of_overflow = True
             self.screen.say(f"(the conversation has outgrown the {self.chats[0].gpt.config.n_positions:,} tokens that "
                             "the model reads at once: it no longer sees the oldest exchanges)", "note")
-        width = self.screen.width() // len(self.chats) - len(BETWEEN)
         with reply_in_progress(self.screen) as stopped:
-            if len(self.chats) > 1 and self.screen.terminal and width >= 20:
-                texts = self.answers_side_by_side(width, stopped)
+            if len(self.chats) > 1 and self.screen.terminal and self.column_width() >= 20:
+                texts = self.answers_side_by_side(stopped)
             else:
                 texts = [self.answer_of(chat, stopped) for chat in self.chats]
         for chat, text in zip(self.chats, texts, strict=True):
@@ -442,13 +441,18 @@ class Session:
         self.screen.write("\n")
         return "".join(pieces).rstrip()
 
-    def answers_side_by_side(self, width: int, stopped: Callable[[], bool]) -> list[str]:
-        """Show all models' replies in columns so wide; they take turns, token by token.
+    def column_width(self) -> int:
+        """What the window, as wide as it is now, gives to each of the models."""
+        return max(1, self.screen.width() // len(self.chats) - len(BETWEEN))
+
+    def answers_side_by_side(self, stopped: Callable[[], bool]) -> list[str]:
+        """Show all models' replies in columns; they take turns, token by token.
 
         A line is printed when every column has it, and never moves after that.
         """
-        sides = [Column(chat, width, chat.reply(self.system, self.cfg)) for chat in self.chats]
-        self.screen.say(BETWEEN.join(pad(f"[{side.chat.name}]"[:width], width) for side in sides), "label")
+        sides = [Column(chat, self.column_width, chat.reply(self.system, self.cfg)) for chat in self.chats]
+        names = [f"[{data.visible(side.chat.name)}]"[:self.column_width()] for side in sides]
+        self.screen.write(self.screen.paint(self.beside(names), "label") + "\n")
         shown = 0
         try:
             while going := [side for side in sides if side.going]:
@@ -457,14 +461,19 @@ class Session:
                 ready = min((len(side.lines) - 1 for side in sides if side.going),
                             default=max(len(side.lines) for side in sides))
                 for row in range(shown, ready):
-                    cells = [side.lines[row] if row < len(side.lines) else "" for side in sides]
-                    self.screen.write(BETWEEN.join(pad(cell, width) for cell in cells).rstrip(" ") + "\n")
+                    self.screen.write(self.beside(side.lines[row] if row < len(side.lines) else ""
+                                                  for side in sides) + "\n")
                 shown = max(shown, ready)
         except KeyboardInterrupt:
             for chat in self.chats:
                 chat.cache = None  # the bookkeeping of one may be half done
         self.screen.write("\n")
         return ["".join(side.pieces).rstrip() for side in sides]
+
+    def beside(self, cells: Iterable[str]) -> str:
+        """One line of all columns."""
+        width = self.column_width()
+        return BETWEEN.join(pad(cell, width) for cell in cells).rstrip(" ")
 
     def answer_once(self, text: str) -> None:
         """Every model's reply to a single prompt, and nothing else on standard output."""
