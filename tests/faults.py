@@ -146,6 +146,7 @@ def _stand(job: trials.Job, home: str, step: int, line) -> None:
 
 def _fork(line, how: Callable, args: tuple, home: str, held: bool, partial_save: Callable) -> None:
     wait, go = os.pipe()
+    prepared, ready = os.pipe()
     pid = os.fork()
     if not pid:
         os.chdir(home)
@@ -154,6 +155,7 @@ def _fork(line, how: Callable, args: tuple, home: str, held: bool, partial_save:
         os.dup2(said, 2)
         code = 2
         try:
+            os.write(ready, b"!")
             if held:
                 os.read(wait, 1)
             with how(*args):
@@ -166,12 +168,13 @@ def _fork(line, how: Callable, args: tuple, home: str, held: bool, partial_save:
             traceback.print_exc()
         sys.stdout.flush()
         os._exit(code)
+    os.read(prepared, 1)  # only the save is to be traced
     line.send(pid)
     if held and line.recv():
         os.write(go, b"!")
     _, status = os.waitpid(pid, 0)
-    os.close(wait)
-    os.close(go)
+    for end in (wait, go, prepared, ready):
+        os.close(end)
     line.send(os.waitstatus_to_exitcode(status))
 
 

@@ -1,5 +1,6 @@
 """Rows as they should not be: of every format that data.py reads, broken byte by byte and value by value."""
 
+import copy
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -114,7 +115,7 @@ def row(make: Callable, rng: random.Random, value: Callable[[], object]) -> byte
 def _with_wrong_value(good, rng: random.Random, value: Callable[[], object]):
     places = list(_places(good))
     if not places:
-        return value()
+        return copy.deepcopy(value())
     holder, key = rng.choice(places)
     match rng.randrange(6):
         case 0:
@@ -126,7 +127,7 @@ def _with_wrong_value(good, rng: random.Random, value: Callable[[], object]):
         case 3 if isinstance(holder, dict):
             holder[hostile_string(rng)] = holder.pop(key)
         case _:
-            holder[key] = value()
+            holder[key] = copy.deepcopy(value())  # a later change must not reach other rows
     return good
 
 

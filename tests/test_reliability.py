@@ -353,7 +353,7 @@ def test_a_signal_stops_a_run_cleanly(server, uninterrupted):
 def test_signals_at_random_moments(server, uninterrupted, name, record_property):
     job = server.jobs[name].but(save_every=0)
     wanted, seconds = uninterrupted(job)
-    runs = many(lambda seed: run_under_signals(server, job, wanted, seconds, seed, most=6), range(1, 7))
+    runs = many(lambda seed: run_under_signals(server, job, wanted, seconds, seed, most=6), range(1, 9))
     when = list(chain.from_iterable(runs))
     report(record_property, f"SIGTERM or SIGINT at random moments of {name} ({when.count('training')} in the loop), "
                             "all clean and resumed bit for bit", len(when))

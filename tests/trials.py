@@ -102,6 +102,8 @@ class Server:
         log = log or self.scratch / "log.txt"
         process = self.context.Process(target=_quietly, args=(str(log), function, *args))
         process.start()
+        # else the next start(), in another thread, asks how this one ended, and of two who ask at once one is told 255
+        multiprocessing.process._children.discard(process)
         return process
 
     def call(self, function: Callable, *args) -> None:
