@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from functools import partial
-from itertools import chain
+from itertools import chain, count, islice
 from pathlib import Path
 
 import faults
@@ -103,9 +103,10 @@ def test_a_killed_run_goes_on_bit_for_bit(server, uninterrupted):
 def test_hundreds_of_random_kills(server, uninterrupted, name, record_property):
     job = server.jobs[name]
     wanted, seconds = uninterrupted(job)
-    kills = sum(many(lambda seed: run_under_kills(server, job, wanted, seconds, seed, most=8), range(1, 7)))
+    kills, seeds = 0, count(1)
+    while kills < 75:  # how often a run is killed before it comes to its end is a matter of luck
+        kills += sum(many(lambda seed: run_under_kills(server, job, wanted, seconds, seed, most=8), islice(seeds, 4)))
     report(record_property, f"random kill -9 over whole runs of {name}, all resumed bit for bit", kills)
-    assert kills >= 25
 
 
 # ---- every boundary of a save --------------------------------------------------------------------
@@ -353,11 +354,12 @@ def test_a_signal_stops_a_run_cleanly(server, uninterrupted):
 def test_signals_at_random_moments(server, uninterrupted, name, record_property):
     job = server.jobs[name].but(save_every=0)
     wanted, seconds = uninterrupted(job)
-    runs = many(lambda seed: run_under_signals(server, job, wanted, seconds, seed, most=6), range(1, 9))
-    when = list(chain.from_iterable(runs))
+    when, seeds = [], count(1)
+    while len(when) < 30:
+        runs = many(lambda seed: run_under_signals(server, job, wanted, seconds, seed, most=6), islice(seeds, 4))
+        when += chain.from_iterable(runs)
     report(record_property, f"SIGTERM or SIGINT at random moments of {name} ({when.count('training')} in the loop), "
                             "all clean and resumed bit for bit", len(when))
-    assert len(when) >= 25
 
 
 def slow_evaluation() -> None:
