@@ -44,7 +44,8 @@ class Config:
     max_new_tokens: int = 256  # tokens of a reply at most
     seed: int | None = None  # the same seed, settings and messages give the same replies; None: others every time
     device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device computes in it, else fp32
+    # auto: bf16 where the device computes in it, else fp32; int8: rounded weights, faster replies of the largest models
+    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     debug: bool = False  # show the traceback of an error
 
 
@@ -300,7 +301,13 @@ class Chat:
 
         def load():
             device = pick_device(cfg.device)
-            return model.GPT.from_pretrained(folder).to(device, pick_precision(cfg.precision, device)).eval()
+            if cfg.precision == "int8" and device.type != "cpu":
+                raise ValueError("--precision int8 is for the CPU: elsewhere use bf16, or --device cpu")
+            gpt = model.GPT.from_pretrained(folder).to(device, pick_precision(cfg.precision, device)).eval()
+            self.parameters = sum(weight.numel() for weight in gpt.parameters())
+            if cfg.precision == "int8":
+                model.quantise(gpt)
+            return gpt
 
         self.loading: Future = self.loader.submit(load)
         self.cache, self.stats, self.replies = None, Stats(), 0
@@ -706,9 +713,8 @@ def stats(session: Session, argument: str) -> None:
     """show the model, how full its context is, and its speed"""
     for chat in session.chats:
         gpt, s = chat.gpt, chat.stats
-        size = sum(weight.numel() for weight in gpt.parameters()) / 1e6
-        about = [f"{size:,.1f}M parameters ({gpt.config.n_layer} layers, {gpt.config.n_embd} wide), "
-                 f"{gpt.wte.weight.dtype} on {gpt.device}".replace("torch.", ""),
+        about = [f"{chat.parameters / 1e6:,.1f}M parameters ({gpt.config.n_layer} layers, {gpt.config.n_embd} wide), "
+                 f"{'int8' if gpt.lm_head else gpt.wte.weight.dtype} on {gpt.device}".replace("torch.", ""),
                  f"exchanges: {len(exchanges(chat.messages))}, in the context: {chat.used}"]
         if s.written:
             about += [f"last reply: {s.written:,} tokens in {s.seconds:.2f} s, {s.written / s.seconds:,.0f} a second, "

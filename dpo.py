@@ -26,6 +26,7 @@ from train import (
     lazy,
     run_script,
     step_batches,
+    sync_file,
     to_device,
     train,
     validation_batches,
@@ -70,15 +71,15 @@ REAL = {"data": ("ultrafeedback", "oasst1", "hh-rlhf@0.1"), "steps": 1000, "batc
         "reply_tokens": 160, "lr": 5e-6, "lora_rank": 0, "eval_every": 100, "save_every": 100, "log_every": 5}
 PRESETS = {
     # a small model falls into repetitions at this rate: beta and the cross-entropy on chosen replies hold it
-    "sample": {"steps": 100, "batch_size": 24, "lr": 5e-4, "lora_rank": 32, "lora_alpha": 64.0, "beta": 0.3,
+    "sample": {"steps": 100, "batch_size": 20, "lr": 5e-4, "lora_rank": 32, "lora_alpha": 64.0, "beta": 0.3,
                "nll": 1.5, "reply_tokens": 64},
     # a laptop: OASST's ranks alone, 200 steps of 16
     "gpt2": REAL | {"data": ("oasst1",), "steps": 200, "batch_size": 16, "lr": 5e-5, "lora_rank": 16, "context": 512,
                     "eval_every": 50, "save_every": 50, "log_every": 1},
-    "gpt2-medium": REAL | {"micro_batch_tokens": 16384},  # one 24 GB GPU
-    # one 24 GB GPU: 774M and AdamW leave little room, adapters leave enough
-    "gpt2-large": REAL | {"lr": 2e-5, "lora_rank": 32, "micro_batch_tokens": 8192},
-    "gpt2-xl": REAL | {"lr": 2e-6, "micro_batch_tokens": 16384},  # one 80 GB GPU
+    "gpt2-medium": REAL | {"micro_batch_tokens": 8192},  # one 24 GB GPU: about 16 GB
+    # one 24 GB GPU: 774M and AdamW leave little room, adapters leave enough: about 12 GB
+    "gpt2-large": REAL | {"lr": 2e-5, "lora_rank": 32, "micro_batch_tokens": 4096},
+    "gpt2-xl": REAL | {"lr": 2e-6, "micro_batch_tokens": 8192},  # one 80 GB GPU: about 58 GB
 }
 
 
@@ -157,7 +158,7 @@ LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "cdpo": cdpo, "robust": robust, "lengt
 def dpo_loss(gpt, batch, reference: dict[int, torch.Tensor], cfg: Config) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """The chosen loss over a batch of pairs, and the implicit rewards; `reference[row]` has the row's log pi_ref."""
     logprobs = gpt.target_logprobs(batch)                                      # (M,) over both replies of each pair
-    frozen = torch.cat([logprobs.new_empty(0), *(reference[int(row)].to(logprobs.device) for row in batch.rows)])
+    frozen = torch.cat([torch.empty(0), *(reference[int(row)] for row in batch.rows)]).to(logprobs)
 
     def side(which: int) -> Replies:
         """Replies 2i are chosen, 2i + 1 rejected: sum their tokens."""
@@ -213,6 +214,7 @@ def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config,
                 table |= {str(row): part.clone() for row, part in zip(batch.rows, logprobs.split(sizes), strict=True)}
         with writing(path, sum(4 * len(logprobs) for logprobs in table.values())):
             save_file(table, path.with_suffix(".tmp"), metadata={"sha256": fingerprint(table)})
+            sync_file(path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
     return {int(row): logprobs for row, logprobs in table.items()}
 

@@ -39,7 +39,7 @@ class LoRALinear(nn.Module):
         self.training = base.training  # wrapped in an eval()'d model, it does not drop either
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)                                                       # (..., out)
+        y = self.base(x.to(self.base.weight.dtype))                            # (..., out); a frozen base may be bf16
         if not self.enabled:
             return y
         update = F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_A), self.lora_B)

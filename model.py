@@ -103,6 +103,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.lm_head = None  # but for a quantised copy of wte, see quantise()
         if not self.wte.weight.is_meta:
             self.apply(self._init_weights)
 
@@ -138,7 +139,11 @@ class GPT(nn.Module):
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
             raise ValueError(f"token ids must lie in 0..{self.config.vocab_size - 1}, "
                              f"got {int(tokens.min())}..{int(tokens.max())}")
-        return F.linear(self.hidden(tokens), self.wte.weight)                 # (B, T, V)
+        return self.logits(self.hidden(tokens))                               # (B, T, V)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: (..., C) to (..., V)."""
+        return self.lm_head(hidden) if self.lm_head else F.linear(hidden, self.wte.weight)
 
     def target_logprobs(self, batch) -> Tensor:
         """log p(target | all before it) for every target of a packed batch, without its (N, V) logits.
@@ -184,7 +189,7 @@ class LogProbs(torch.autograd.Function):
     Gimelshein 2018, https://arxiv.org/abs/1805.02867, algorithm 3): a running maximum and sum, rescaled when a block
     holds a larger logit. And d log p / d hidden = W[target] - softmax W is summed up on the way, as FlashAttention sums
     up its values, so a frozen head (LoRA) costs no second pass. A head that learns computes its logits once more in the
-    backward pass. Logits are products in the working precision; sums over them are taken in fp32.
+    backward pass. Products are taken in the working precision, sums over them in fp32.
     """
 
     BLOCK = 4096  # logits of a few hundred targets stay in a CPU's cache, and each row of W is read once
@@ -197,7 +202,8 @@ class LogProbs(torch.autograd.Function):
         top = torch.full_like(targets, -math.inf, dtype=wide)[:, None]                      # (M, 1)
         total, mean = torch.zeros_like(top), torch.zeros_like(hidden, dtype=wide)           # (M, 1), (M, C)
         for rows in head.split(LogProbs.BLOCK):
-            logits = (h @ rows.t()).to(wide)                                                # (M, block)
+            logits = LogProbs.logits(h, rows)                                               # (M, block)
+            rounded, logits = logits.dtype, logits.to(wide)
             higher = torch.maximum(top, logits.amax(1, keepdim=True))
             rescale, likelihood = (top - higher).exp(), logits.sub_(higher).exp_()
             total = total * rescale + likelihood.sum(1, keepdim=True)
@@ -208,7 +214,9 @@ class LogProbs(torch.autograd.Function):
         logsumexp = top + total.log()                                                       # (M, 1)
         ctx.save_for_backward(hidden, weight, targets, logsumexp, chosen - mean / total)
         ctx.working = working
-        return ((h * chosen).sum(1, keepdim=True) - logsumexp)[:, 0]
+        # rounded as its twin among the logits was, or the two errors would not cancel and p could exceed 1
+        own = (h * chosen).sum(1, keepdim=True).to(rounded).to(wide)                        # (M, 1)
+        return (own - logsumexp)[:, 0]
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -218,10 +226,16 @@ class LogProbs(torch.autograd.Function):
             h, head, grad_weight = hidden.to(ctx.working), weight.to(ctx.working), torch.empty_like(weight)
             scaled = h * grad[:, None].to(h.dtype)                                          # (M, C)
             for rows, grad_rows in zip(head.split(LogProbs.BLOCK), grad_weight.split(LogProbs.BLOCK), strict=True):
-                softmax = (h @ rows.t()).to(logsumexp.dtype).sub_(logsumexp).exp_()         # (M, block)
+                logits = LogProbs.logits(h, rows).to(logsumexp.dtype)                       # (M, block)
+                softmax = logits.sub_(logsumexp).exp_()
                 grad_rows.copy_(-softmax.to(h.dtype).t() @ scaled)
             grad_weight.index_add_(0, targets, scaled.to(weight.dtype))
         return grad_hidden, grad_weight, None
+
+    @staticmethod
+    def logits(h: Tensor, rows: Tensor) -> Tensor:
+        """h rows^T; on CUDA fp32 also from bf16 factors: near -100, where GPT-2's logits lie, bf16 steps by 0.5."""
+        return torch.mm(h, rows.t(), out_dtype=torch.float32) if h.is_cuda and h.itemsize < 4 else h @ rows.t()
 
 
 # ---- who attends to whom -------------------------------------------------------------------------
@@ -245,7 +259,7 @@ class Packed:
     """
 
     def __init__(self, spans):
-        self.spans = spans
+        self.spans, self.masks = spans, {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         lengths = [end - start for start, end, _, _ in self.spans]
@@ -260,7 +274,9 @@ class Packed:
             prefix = slice(prefix_start - offset, prefix_end - offset)
             keys = torch.cat([k[i - 1][:, :, prefix], k[i]], dim=2)
             values = torch.cat([v[i - 1][:, :, prefix], v[i]], dim=2)
-            mask = sees_up_to_itself(end - start, keys.shape[2], keys.device)
+            if i not in self.masks:  # in the first layer, for all of them
+                self.masks[i] = sees_up_to_itself(end - start, keys.shape[2], keys.device)
+            mask = self.masks[i]
             mixed.append(F.scaled_dot_product_attention(q[i], keys, values, attn_mask=mask, dropout_p=dropout))
         return torch.cat(mixed, dim=2)
 
@@ -303,7 +319,7 @@ class KVCache:
             positions = (positions - self.pads[:, None]).clamp(0, gpt.config.n_positions - 1)
         last = gpt.hidden(tokens, positions, self)[:, -1]                      # (B, C)
         self.length += tokens.shape[1]
-        return F.linear(last, gpt.wte.weight)
+        return gpt.logits(last)
 
     def read(self, gpt: GPT, ids: list[int]) -> Tensor:
         """Logits (1, V) after `ids`, computing only what they do not share with the tokens already here."""
@@ -388,15 +404,18 @@ def generate(gpt: GPT, ids: list[int], max_new_tokens: int = 256, *, temperature
 
 
 def generate_batch(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, stop: int = END_OF_TEXT,
-                   rows: int = 64) -> list[list[int]]:
+                   rows: int = 128, cached: int = 16384) -> list[list[int]]:
     """The likeliest continuation of every prompt, many at a time; one that ended by itself ends with `stop`.
 
-    The window does not slide here: a reply also ends where prompt and reply fill the model's positions.
+    The window does not slide here: a reply also ends where prompt and reply fill the model's positions. At once go at
+    most `rows` prompts, and so many that the cache has `cached` positions for all of them together.
     """
     replies: list[list[int]] = [[] for _ in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for group in (by_length[i:i + rows] for i in range(0, len(by_length), rows)):
-        longest = max(len(prompts[i]) for i in group)
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    while longest_first:
+        longest = len(prompts[longest_first[0]])
+        fitting = max(1, min(rows, cached // (longest + max_new_tokens)))
+        group, longest_first = longest_first[:fitting], longest_first[fitting:]
         if longest > gpt.config.n_positions:
             raise ValueError(f"a prompt of {longest} tokens exceeds the model's {gpt.config.n_positions} positions")
         pads = [longest - len(prompts[i]) for i in group]
@@ -411,6 +430,45 @@ def generate_batch(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, stop
             if not going.any():
                 break
     return replies
+
+
+# ---- int8 weights, for generation ----------------------------------------------------------------
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weight is int8 with one scale for each output: W[o] = scale[o] * int8[o], rounded.
+
+    To generate a token is to read all weights once, and memory is what limits it: int8 is a quarter of fp32's bytes.
+    Absmax by row is the simplest scheme there is (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, section 2.1).
+    Activations are not quantised: GPT-2's have outliers, which would coarsen all the rest.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        scale = weight.abs().amax(1).clamp(min=1e-12) / 127                    # (out,)
+        self.register_buffer("int8", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("one", torch.ones(len(scale), dtype=torch.bfloat16, device=scale.device))
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)                                                # (rows, in)
+        # the kernel reads 16 columns at a time, past the end of other widths, and is fast for bf16 activations alone
+        if x.device.type == "cpu" and len(rows) <= 8 and rows.shape[1] % 16 == 0:
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.int8, self.one) * self.scale
+        else:  # a prompt: arithmetic is what limits it, so the weight is dequantised once for all rows
+            y = F.linear(rows, self.int8.to(x.dtype) * self.scale[:, None])
+        return (y if self.bias is None else y + self.bias).to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+@torch.no_grad()
+def quantise(gpt: GPT) -> None:
+    """Replace all projections by int8 ones, and give the head an int8 copy of the embedding. For generation only."""
+    for block in gpt.h:
+        for part in (block.attn, block.mlp):
+            for name, layer in list(part.named_children()):
+                setattr(part, name, Int8Linear(layer.weight, layer.bias))
+    gpt.lm_head = Int8Linear(gpt.wte.weight)
 
 
 # ---- weights in and out --------------------------------------------------------------------------

@@ -40,16 +40,16 @@ REAL = {"data": ("oasst1", "oasst2", "smoltalk@0.02"), "steps": 2000, "batch_siz
 PRESETS = {
     # adapters: twice as fast where the vocabulary is most of the model, and what the base model knows of occupations
     # that no conversation mentions survives them better than training all weights
-    "sample": {"steps": 300, "batch_size": 24, "lr": 3e-3, "lora_rank": 32, "lora_alpha": 64.0, "reply_tokens": 64},
+    "sample": {"steps": 300, "batch_size": 20, "lr": 2.7e-3, "lora_rank": 32, "lora_alpha": 64.0, "reply_tokens": 64},
     # a laptop: LoRA halves time and memory, 300 steps of 16 are an evening
     "gpt2": REAL | {"model": "gpt2", "steps": 300, "batch_size": 16, "lr": 3e-4, "lora_rank": 16,
                     "data": ("oasst1",), "context": 512, "eval_every": 50, "save_every": 50, "log_every": 1},
-    # 355M: weights, gradients and AdamW take 5.7 GB, which leaves room for 16,384 tokens at once
-    "gpt2-medium": REAL | {"model": "gpt2-medium", "lr": 5e-5, "micro_batch_tokens": 16384},
-    # 774M: 12.4 GB before the first activation; 4,096 tokens at once fit the rest
-    "gpt2-large": REAL | {"model": "gpt2-large", "lr": 3e-5, "micro_batch_tokens": 4096},
-    # 1,558M: 25 GB before the first activation
-    "gpt2-xl": REAL | {"model": "gpt2-xl", "lr": 2e-5, "micro_batch_tokens": 16384},
+    # 355M: weights, gradients and AdamW take 5.7 GB, with 8,192 tokens at once about 16
+    "gpt2-medium": REAL | {"model": "gpt2-medium", "lr": 5e-5, "micro_batch_tokens": 8192},
+    # 774M: 12.4 GB before the first activation; with 2,048 tokens at once about 19
+    "gpt2-large": REAL | {"model": "gpt2-large", "lr": 3e-5, "micro_batch_tokens": 2048},
+    # 1,558M: 25 GB before the first activation, with 8,192 tokens at once about 58
+    "gpt2-xl": REAL | {"model": "gpt2-xl", "lr": 2e-5, "micro_batch_tokens": 8192},
 }
 
 

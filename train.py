@@ -29,6 +29,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -183,8 +184,9 @@ class Busy(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of CUDA and MPS, of the CPU, of cuBLAS
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
 # ---- processes and device ------------------------------------------------------------------------
@@ -203,9 +205,10 @@ def pick_device(wanted: str = "auto") -> torch.device:
             torch.empty(0, device=wanted)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {wanted} cannot be used here: {str(error).splitlines()[0]}") from None
-        return torch.device(wanted)
-    if torch.cuda.is_available():
+    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if wanted != "auto":
+        return torch.device(wanted)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -221,8 +224,8 @@ def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def to_device(batch: data.Batch, device: torch.device) -> data.Batch:
-    """The batch with its numpy arrays as tensors on the device."""
-    arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    """The batch with its numpy arrays as tensors on the device, but for `rows`, which name what lies on the CPU."""
+    arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "rows"}
     return replace(batch, **{k: torch.from_numpy(v).to(device, non_blocking=True)
                              for k, v in arrays.items() if hasattr(v, "dtype")})
 
@@ -262,10 +265,11 @@ class Run:
             store, rank, world = next(torch.distributed.rendezvous("env://"))
             # torchrun's store outlives a restart, and what dead processes left in it would be read as addresses
             store = torch.distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store,
-                                                 rank=rank, world_size=world)
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
+            torch.distributed.init_process_group(
+                "nccl" if self.device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                timeout=timedelta(hours=2))  # the others wait while rank 0 answers prompts and checks
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / ".lock", timeout=0)
         if self.main:
@@ -373,8 +377,8 @@ def parallelise(gpt: model.GPT, loss_fn, cfg: Settings, run: Run):
             return loss_fn(self.gpt, batch)
 
     if cfg.compile:
-        # spans differ from batch to batch: compiling for each would never end
-        model.Packed.__call__ = torch.compiler.disable(model.Packed.__call__)
+        for attend in (model.Packed, model.KVCache):  # their shapes never repeat: compiling for each would never end
+            attend.__call__ = torch.compiler.disable(attend.__call__)
         for block in gpt.h:
             block.compile()  # in place: the weights keep their names
     loss = Loss()
@@ -449,7 +453,7 @@ def memory_estimate(gpt: model.GPT, cfg: Settings, run: Run) -> int:
         weights += sum(p.numel() for p in gpt.parameters()) * width  # autocast's copies
     # kept for the backward pass, in widths of the model: inputs and outputs of two norms, q k v, attention's output,
     # the MLP's 4C before and after GELU, the residual stream, and what the adapters read
-    per_token = (2 if cfg.recompute else 19 * c.n_layer) * c.n_embd * width + 2 * c.n_layer * c.n_embd * 4
+    per_token = (19 * width + 4) * c.n_embd + (c.n_layer - 1) * c.n_embd * (4 if cfg.recompute else 19 * width + 8)
     tokens = max(cfg.micro_batch_tokens, cfg.context)
     block = 3 * tokens * model.LogProbs.BLOCK * 4  # logits as they come, as fp32, and what the next product reads
     head = 0 if cfg.lora_rank else c.vocab_size * c.n_embd * 4
@@ -694,8 +698,9 @@ def open_folder(run: Run, about: dict) -> dict:
         if cfg.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # not a run's own restart
             for name in ("checkpoints", "adapter"):
                 shutil.rmtree(run.folder / name, ignore_errors=True)
-            for name in ("run.json", "metrics.jsonl", "model.safetensors", "config.json"):
-                (run.folder / name).unlink(missing_ok=True)
+            for path in (*map(run.folder.joinpath, ("run.json", "metrics.jsonl", "model.safetensors", "config.json")),
+                         *run.folder.glob("reference-*.safetensors")):
+                path.unlink(missing_ok=True)
         if path.is_file():
             try:
                 old = json.loads(path.read_text(encoding="utf-8"))
@@ -734,6 +739,10 @@ def export(gpt: model.GPT, cfg: Settings, run: Run) -> None:
     weights = whole_weights(gpt, run)
     if not run.main:
         return
+    if run.dtype != torch.float32 and cfg.lora_rank:  # frozen weights were rounded for training only
+        exact = model.GPT.from_pretrained(find_model(cfg.model)).state_dict()
+        weights |= {f"{name}.base.{part}": exact[f"{name}.{part}"]
+                    for name in lora.adapters(gpt) for part in ("weight", "bias")}
     temporary = run.folder / ".export.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     gpt.save_pretrained(temporary, lora.merged_weights(gpt, weights))
@@ -891,6 +900,7 @@ def plot_curves(folders: list[Path], path: Path) -> None:
 def answer(gpt: model.GPT, conversations: list[data.Conversation], max_new_tokens: int) -> list[tuple[str, bool]]:
     """The likeliest reply to each conversation, and whether it ended by itself."""
     room = max(1, gpt.config.n_positions - max_new_tokens)
+    conversations = [data.without_oldest(c, room, reply=True) for c in conversations]
     prompts = [data.render(c, reply=True)[0].tolist()[-room:] for c in conversations]
     training = gpt.training
     gpt.eval()
@@ -913,13 +923,15 @@ def converse(gpt: model.GPT, prompts: tuple[str, ...], max_new_tokens: int) -> l
 
 
 def whole_model(gpt: model.GPT, cfg: Settings, run: Run) -> model.GPT:
-    """A model that can answer on its own on rank 0: the one in training, or under FSDP a merged copy of it."""
+    """On rank 0, a model that can answer on its own: the one in training, or under FSDP a merged copy of it."""
     if run.world == 1 or not cfg.fsdp:
         return gpt
     weights = whole_weights(gpt, run)
-    copy = model.GPT(gpt.config)
-    if run.main:
-        copy.load_state_dict(lora.merged_weights(gpt, weights))
+    if not run.main:
+        return gpt  # which is never asked: rank 0 alone answers
+    with torch.device("meta"):
+        copy = model.GPT(gpt.config)
+    copy.load_state_dict(lora.merged_weights(gpt, weights), assign=True)
     return copy
 
 
@@ -1093,7 +1105,7 @@ def _step_with_memory(loss, gpt, optimizer, train_batches, state: State, cfg: Se
     """One step; if memory runs out in the first ones, again with half the micro-batch budget and the same gradient."""
     while True:
         try:
-            return _step(loss, gpt, optimizer, train_batches(state.step, state.budget), state, cfg, run)
+            return _step(loss, optimizer, train_batches, state, cfg, run)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -1111,10 +1123,10 @@ def _step_with_memory(loss, gpt, optimizer, train_batches, state: State, cfg: Se
             ) from None
 
 
-def _step(loss, gpt, optimizer, batches: list[data.Batch], state: State, cfg: Settings, run: Run) -> dict:
+def _step(loss, optimizer, train_batches, state: State, cfg: Settings, run: Run) -> dict:
     """Forward and backward over the step's micro-batches, one division, one update; returns what to log."""
     began = time.perf_counter()
-    lr = learning_rate(state.step, cfg)
+    batches, lr = train_batches(state.step, state.budget), learning_rate(state.step, cfg)
     sums = Sums()
     # not gpt.parameters(): after an evaluation FSDP2 still shows the whole weights there, which get no gradient
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -1175,7 +1187,8 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
         run.say(f"{run.folder} is finished. Talk to it: uv run chat.py --model {run.folder}; start anew: --overwrite")
         return False
     about = run.about["model"]
-    need, free = memory_estimate(gpt, cfg, run), memory_free(run.device)
+    loaded = sum(p.numel() * p.element_size() for p in gpt.parameters())
+    need, free = memory_estimate(gpt, cfg, run), memory_free(run.device) + loaded  # the estimate has the weights in it
     dropped = ", ".join(f"{n:,} {why}" for why, n in report["dropped"].items())
     facts = {
         "model": f"{about['name']}: {about['parameters']:,} parameters, {learning:,} trained",
@@ -1205,12 +1218,13 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
 
 def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command: str) -> dict:
     """Export the model, answer the prompts again, draw the curves, and name the next command."""
-    after = assess(gpt, cfg, run)
-    before, final = run.about["before"], {k: v for k, v in metrics.items() if k != "step"}
     with writing(run.folder / "model.safetensors", 4 * run.about["model"]["parameters"]):
         export(gpt, cfg, run)
-        if not run.main:
-            return metrics
+    after = assess(gpt, cfg, run)
+    if not run.main:
+        return metrics
+    before, final = run.about["before"], {k: v for k, v in metrics.items() if k != "step"}
+    with writing(run.folder / "curves.png"):
         plot_curves([run.folder], run.folder / "curves.png")
         write_file(run.folder / "samples.md", _samples(run, before, after))
         run.note(after=after, metrics=final, finished=True, seconds=round(time.perf_counter() - run.started, 1))

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -24,6 +25,7 @@ from model import (
     END_OF_TEXT,
     GPT,
     GPTConfig,
+    Int8Linear,
     KVCache,
     LogProbs,
     Packed,
@@ -402,6 +404,19 @@ def test_autocast_computes_in_bf16_but_returns_fp32():
         assert (gradient - exact_gradients[name]).norm() < 0.05 * exact_gradients[name].norm(), name
 
 
+def test_in_bf16_a_certain_token_has_probability_one():
+    """Logits near -100, as GPT-2's are, where bf16 steps by 0.5: own logit and softmax are rounded alike, or p > 1."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32), torch.randn(50, 32) - 3
+    hidden[:, 0], weight[:, 0] = 30, -3.3
+    targets = (hidden @ weight.t()).argmax(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs = LogProbs.apply(hidden, weight, targets)
+    exact = LogProbs.apply(hidden.double(), weight.double(), targets).float()
+    assert logprobs.max() <= 1e-6
+    assert (logprobs - exact).abs().mean() < 0.25
+
+
 @pytest.mark.full
 def test_compiled_blocks_give_the_same_loss_and_plain_names(monkeypatch):
     if not any(map(shutil.which, ("g++", "clang++", "cl"))):
@@ -678,6 +693,43 @@ def test_a_seed_gives_the_same_reply_and_touches_nothing_else():
     assert one == again
     assert len({tuple(reply) for reply in (one, other, free, freed)}) == 4
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- int8 weights --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [2, 16, 48])
+def test_an_int8_layer_worked_by_hand(width):
+    weight, x = torch.zeros(3, width), torch.zeros(1, width)
+    weight[:, :2], x[:, :2] = torch.tensor([[1.27, -0.62], [0.0, 0.0], [-2.54, 1.0]]), torch.tensor([1.0, 2.0])
+    layer = Int8Linear(weight, torch.tensor([0.5, 1.0, 0.0]))
+    assert layer.int8[:, :2].tolist() == [[127, -62], [0, 0], [-127, 50]]
+    close(layer.scale, torch.tensor([0.01, 1e-12 / 127, 0.02]), 1e-8)
+    close(layer(x), torch.tensor([[0.53, 1.0, -0.54]]), 1e-6)
+
+
+@pytest.mark.parametrize(("rows", "rounding"), [(1, 4e-3), (4, 4e-3), (5, 1e-6), (40, 1e-6)])
+def test_an_int8_layer_is_its_rounded_weight_whatever_the_number_of_rows(rows, rounding):
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(96, 64), torch.randn(96), torch.randn(2, rows, 64)
+    layer = Int8Linear(weight, bias)
+    rounded = layer.int8 * layer.scale[:, None]
+    assert ((rounded - weight).abs() <= layer.scale[:, None] / 2 + 1e-7).all()
+    exact = F.linear(x, rounded, bias)
+    assert (layer(x) - exact).norm() <= rounding * exact.norm()  # up to 8 rows, activations pass through bf16
+
+
+def test_a_quantised_model_says_the_same_in_most_places():
+    """The bundled model: rounding moves its logits by a hundredth, which is less than its doubts."""
+    folder = Path(__file__).parents[1] / "sample" / "model"
+    gpt, quantised = GPT.from_pretrained(folder), GPT.from_pretrained(folder)
+    model.quantise(quantised)
+    assert not any(isinstance(layer, torch.nn.Linear) for layer in quantised.modules())
+    ids = torch.tensor([greedy(gpt, [END_OF_TEXT, 32], 120)])  # <|endoftext|>A ...
+    logits, rounded = gpt(ids), quantised(ids)
+    assert 0 < (rounded - logits).norm() < 0.02 * logits.norm()
+    assert (rounded.argmax(-1) == logits.argmax(-1)).float().mean() > 0.95
+    assert greedy(quantised, ids[0, :40].tolist(), 20) == greedy(gpt, ids[0, :40].tolist(), 20)
 
 
 # ---- weights in and out --------------------------------------------------------------------------

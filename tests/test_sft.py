@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import lora
 import model
 import sft
 import train
@@ -112,6 +113,23 @@ def test_what_is_not_supervised_gives_no_gradient_of_its_own(tiny_model):
     other, target = ids.copy(), ids.copy()
     other[after:], target[after - 2] = 11, 11
     assert loss(other) == loss(ids) != loss(target)
+
+
+# ---- in bf16 ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_in_bf16_trains_answers_and_exports(settings, tmp_path, rank):
+    """Where the hardware has bf16 it is the default: frozen weights are rounded for training, and not on disk."""
+    cfg = settings(out=str(tmp_path / "run"), steps=8, lr=1e-2, lora_rank=rank, precision="bf16", device="cpu")
+    sft.main(cfg)
+    found = losses(tmp_path / "run")
+    assert found[-1] < found[0] - 1
+    if rank:
+        base, merged = model.GPT.from_pretrained(cfg.model), model.GPT.from_pretrained(tmp_path / "run")
+        lora.load_adapters(base, tmp_path / "run" / "adapter")
+        for name, weight in lora.merged_weights(base).items():
+            assert torch.equal(weight, merged.state_dict()[name]), name
 
 
 # ---- what it learns ------------------------------------------------------------------------------

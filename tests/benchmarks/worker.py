@@ -72,8 +72,10 @@ def ours_generate(folder: str, options: dict) -> dict:
     import model
 
     gpt = model.GPT.from_pretrained(folder).eval()
-    if options.get("dtype", "fp32") == "bf16":
+    if options.get("dtype") == "bf16":
         gpt = gpt.bfloat16()
+    if options.get("int8"):
+        model.quantise(gpt)
 
     def run(prompt: list[int], new: int) -> list[float]:
         stamps = [time.perf_counter()]
