@@ -768,7 +768,7 @@ class Log:
     def __init__(self, run: Run, state: State):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.run, self.path = run, run.folder / "metrics.jsonl"
+        self.run, self.path, self.latest = run, run.folder / "metrics.jsonl", {}
         if run.main:  # the line of the checkpoint's step and those after it will be written again
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
             records = (_parsed(line) for line in lines)
@@ -790,11 +790,11 @@ class Log:
             self.file.flush()
         if self.tracker:
             self.tracker(record)
-        line = summary(record)
+        self.latest |= record  # so that the bar goes on showing the last validation
         if self.bar:
-            self.bar.update(self.task, completed=record["step"], description=line)
+            self.bar.update(self.task, completed=record["step"], description=summary(self.latest))
         else:
-            self.run.say(f"step {record['step']:>5}/{self.run.cfg.steps}  {line}")
+            self.run.say(f"step {record['step']:>5}/{self.run.cfg.steps}  {summary(record)}")
 
     def close(self) -> None:
         if self.bar:

@@ -28,18 +28,21 @@ import model  # noqa: E402
 class Config:
     data: str = "oasst1"  # conversations with ranks: oasst1, or oasst1:PATH
     work: str = "runs/bench"  # where models and runs go
-    tasks: tuple[str, ...] = ("sft-full", "sft-lora", "dpo-lora", "decode", "growth")  # what to measure
+    # what to measure
+    tasks: tuple[str, ...] = ("sft-full", "sft-lora", "dpo-lora", "decode", "lengths", "data", "sizes")
     repeats: int = 3  # processes of each system; medians are reported
     steps: int = 4  # optimiser steps a process; the first is not counted
-    new: int = 200  # tokens decoded
+    new: int = 120  # tokens decoded
     threads: int = os.cpu_count() or 1  # threads of every system
 
 
-SYSTEMS = {"sft-full": ("ours", "trl"), "sft-lora": ("ours", "trl"), "dpo-lora": ("ours", "trl")}
+# Of a step: the batch, and the products' work for a token in multiples of the weights (forward, backward to the
+# activations, backward to the weights, 2 operations each). LoRA's frozen weights do without the last.
+TRAINING = {"sft-full": (8, 6), "sft-lora": (8, 4), "dpo-lora": (4, 4)}
 
 
 def make_model(name: str, work: Path) -> Path:
-    """A GPT-2 of this size with random weights, as transformers writes it, and its tokenizer."""
+    """A GPT-2 of this size with random weights, as transformers reads it, and its tokenizer."""
     folder = work / f"model-{name}"
     if not (folder / "config.json").is_file():
         model.GPT(model.SIZES[name]).save_pretrained(folder)
@@ -48,7 +51,8 @@ def make_model(name: str, work: Path) -> Path:
 
 
 def measure(cfg: Config, system: str, task: str, folder: Path, **options) -> dict:
-    options = {"threads": cfg.threads, "steps": cfg.steps, "batch": 8, "rank": 8, "micro_batch_tokens": 2048} | options
+    options = {"threads": cfg.threads, "steps": cfg.steps, "batch": 8, "rank": 8, "micro_batch_tokens": 2048,
+               "length": 512} | options
     out = Path(cfg.work, f"{system}-{task}" + ("-int8" if options.get("int8") else ""))
     command = [sys.executable, HERE / "worker.py", system, task, folder, cfg.data, out, json.dumps(options)]
     threads = {"OMP_NUM_THREADS": str(cfg.threads)}
@@ -64,49 +68,75 @@ def row(*cells) -> None:
     print("| " + " | ".join(str(c) for c in cells) + " |", flush=True)
 
 
+def header(*cells) -> None:
+    print()
+    row(*cells)
+    row(*["---"] * len(cells))
+
+
 def medians(results: list[dict]) -> dict:
     return {key: median(r[key] for r in results) for key in results[0]}
 
 
-def training(cfg: Config, folder: Path) -> None:
-    row("task", "unit", "ours", "TRL + PEFT", "ratio", "peak GB, ours", "peak GB, TRL", "ratio")
-    row(*["---"] * 8)
-    for task in (t for t in cfg.tasks if t in SYSTEMS):
-        batch = 4 if task == "dpo-lora" else 8
-        results: dict[str, list] = {"ours": [], "trl": []}
-        for _ in range(cfg.repeats):
-            for system, found in results.items():
-                found.append(measure(cfg, system, task, folder, batch=batch))
+def alternating(cfg: Config, systems: dict[str, tuple[str, dict]], task: str, folder: Path) -> dict[str, dict]:
+    """{label: medians} of {label: (system, options)}, which take turns."""
+    results: dict[str, list] = {label: [] for label in systems}
+    for _ in range(cfg.repeats):
+        for label, (system, options) in systems.items():
+            results[label].append(measure(cfg, system, task, folder, **options))
+    return {label: medians(found) for label, found in results.items()}
+
+
+def training(cfg: Config, folder: Path, rate: float) -> None:
+    weights = sum(p.numel() for p in model.GPT.from_pretrained(folder).parameters())
+    header("training, fp32", "unit", "ours", "TRL + PEFT", "ratio", "peak GB, ours", "peak GB, TRL", "ratio",
+           "ours, of the machine's matrix products")
+    for task, (batch, work) in TRAINING.items():
+        if task not in cfg.tasks:
+            continue
+        found = alternating(cfg, {s: (s, {"batch": batch}) for s in ("ours", "trl")}, task, folder)
+        ours, trl = found["ours"], found["trl"]
         unit = "pairs_per_second" if task == "dpo-lora" else "tokens_per_second"
-        ours, trl = medians(results["ours"]), medians(results["trl"])
-        row(task, unit.replace("_per_", "/").replace("second", "s"), f"{ours[unit]:.2f}", f"{trl[unit]:.2f}",
+        share = ours["tokens_per_second"] * work * weights / 1e9 / rate
+        row(task, unit.replace("_per_second", "/s"), f"{ours[unit]:.3g}", f"{trl[unit]:.3g}",
             f"{ours[unit] / trl[unit]:.2f}", f"{ours['peak'] / 1e9:.2f}", f"{trl['peak'] / 1e9:.2f}",
-            f"{ours['peak'] / trl['peak']:.2f}")
+            f"{ours['peak'] / trl['peak']:.2f}", f"{share:.0%}")
 
 
 def decoding(cfg: Config, folder: Path) -> None:
-    int8 = {"int8": True}
-    kinds = {"ours fp32": ("ours", {}), "transformers fp32": ("transformers", {}),
-             "CTranslate2 fp32": ("ctranslate2", {}), "CTranslate2 int8": ("ctranslate2", int8)}
-    results: dict[str, list] = {kind: [] for kind in kinds}
-    for _ in range(cfg.repeats):
-        for kind, (system, options) in kinds.items():
-            results[kind].append(measure(cfg, system, "decode", folder, contexts=[64, 800], new=cfg.new, **options))
-    row("decoding", "first token, 64 (ms)", "tokens/s, 64", "first token, 800 (ms)", "tokens/s, 800", "peak GB")
-    row(*["---"] * 6)
-    for kind, found in results.items():
-        m = medians(found)
-        row(kind, f"{m['first_64'] * 1e3:.0f}", f"{m['decode_64']:.1f}", f"{m['first_800'] * 1e3:.0f}",
-            f"{m['decode_800']:.1f}", f"{m['peak'] / 1e9:.2f}")
+    contexts = {"contexts": [64, 1020 - cfg.new], "new": cfg.new}
+    kinds = {"ours": ("ours", {}), "transformers": ("transformers", {}), "CTranslate2": ("ctranslate2", {}),
+             "ours, int8 weights": ("ours", {"int8": True}), "CTranslate2, int8": ("ctranslate2", {"int8": True})}
+    found = alternating(cfg, {k: (s, o | contexts) for k, (s, o) in kinds.items()}, "decode", folder)
+    short, long = contexts["contexts"]
+    header("decoding, fp32 unless said", *(f"{what}, {context}" for context in (short, long)
+                                           for what in ("first token (ms)", "tokens/s")), "peak GB")
+    for kind, m in found.items():
+        row(kind, f"{m[f'first_{short}'] * 1e3:.0f}", f"{m[f'decode_{short}']:.1f}", f"{m[f'first_{long}'] * 1e3:.0f}",
+            f"{m[f'decode_{long}']:.1f}", f"{m['peak'] / 1e9:.2f}")
 
 
-def growth(cfg: Config, work: Path) -> None:
-    row("LoRA SFT, one step", "tokens/s", "peak GB")
-    row(*["---"] * 3)
+def sizes(cfg: Config, work: Path) -> None:
+    header("LoRA SFT by size", "tokens/s", "peak GB")
     for name in model.SIZES:
         found = measure(cfg, "ours", "sft-lora", make_model(name, work), steps=2, batch=2, micro_batch_tokens=1024,
                         recompute=name == "gpt2-xl")
-        row(name, f"{found['tokens_per_second']:.1f}", f"{found['peak'] / 1e9:.2f}")
+        row(name + (", recomputing activations" if name == "gpt2-xl" else ""), f"{found['tokens_per_second']:.3g}",
+            f"{found['peak'] / 1e9:.2f}")
+
+
+def lengths(cfg: Config, folder: Path) -> None:
+    header("LoRA SFT by length of the rows", "tokens/s", "peak GB")
+    for length in (128, 256, 512, 1024):
+        found = measure(cfg, "ours", "sft-lora", folder, steps=3, length=length, batch=2048 // length, full_rows=True)
+        row(length, f"{found['tokens_per_second']:.3g}", f"{found['peak'] / 1e9:.2f}")
+
+
+def data_sizes(cfg: Config, folder: Path) -> None:
+    header("reading by size of the data", "conversations", "tokens", "seconds")
+    for times in (1, 4, 16):
+        found = measure(cfg, "ours", "read", folder, times=times)
+        row(f"{times} x", f"{found['rows']:,.0f}", f"{found['tokens']:,.0f}", f"{found['seconds']:.2f}")
 
 
 def main(cfg: Config) -> None:
@@ -114,15 +144,16 @@ def main(cfg: Config) -> None:
     work.mkdir(parents=True, exist_ok=True)
     folder = make_model("gpt2", work)
     before = measure(cfg, "ours", "matmul", folder)
-    if set(cfg.tasks) & set(SYSTEMS):
-        training(cfg, folder)
-    if "decode" in cfg.tasks:
-        decoding(cfg, folder)
-    if "growth" in cfg.tasks:
-        growth(cfg, work)
+    if set(cfg.tasks) & set(TRAINING):
+        training(cfg, folder, before["fp32"])
+    for task, run in (("decode", decoding), ("lengths", lengths), ("data", data_sizes)):
+        if task in cfg.tasks:
+            run(cfg, folder)
+    if "sizes" in cfg.tasks:
+        sizes(cfg, work)
     after = measure(cfg, "ours", "matmul", folder)
-    print("matrix products, GFLOP/s (before, after): "
-          + ", ".join(f"{k} {before[k]:.0f}, {after[k]:.0f}" for k in before))
+    print("\nmatrix products, GFLOP/s (before, after): "
+          + ", ".join(f"{k} {before[k]:.3g}, {after[k]:.3g}" for k in before))
 
 
 if __name__ == "__main__":

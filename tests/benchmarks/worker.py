@@ -14,25 +14,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import torch
 
 import data
-
-LENGTH = 512
 
 
 def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def conversations(path: str) -> list:
-    """The rows that every system is given: at most LENGTH tokens, in one fixed order."""
-    rows = data.load_rows([path], context=LENGTH, val_fraction=0.0, seed=0).train
+def conversations(path: str, length: int) -> list:
+    """The rows that every system is given: at most so many tokens, in one fixed order."""
+    rows = data.load_rows([path], context=length, val_fraction=0.0, seed=0).train
     return [rows[i] for i in data.order(len(rows), len(rows), 0, 0)]
 
 
-def preferences(path: str) -> list:
-    pairs = data.load_pairs([path], context=LENGTH, val_fraction=0.0, seed=0).train
+def preferences(path: str, length: int) -> list:
+    pairs = data.load_pairs([path], context=length, val_fraction=0.0, seed=0).train
     return [pairs[i] for i in data.order(len(pairs), len(pairs), 0, 0)]
 
 
@@ -45,13 +44,25 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
     import sft
     import train
 
-    stage = dpo if task == "dpo-lora" else sft
+    stage, length = dpo if task == "dpo-lora" else sft, options["length"]
+    if options.get("full_rows"):  # all of the same length, of the same text
+        ids = np.concatenate([row.ids for row in conversations(path, length)])[:64 * length].reshape(-1, length)
+        rows = data.Data([data.Row(row, np.arange(length) % 2 > 0) for row in ids], [], [], "full rows")
+        data.load_rows = lambda *_, **__: rows
     cfg = stage.Config(model=folder, data=(path,), out=out, steps=options["steps"], batch_size=options["batch"],
-                       context=LENGTH, lora_rank=0 if task == "sft-full" else options["rank"], checks="", prompts=(),
+                       context=length, lora_rank=0 if task == "sft-full" else options["rank"], checks="", prompts=(),
                        val_fraction=0.0, eval_every=0, save_every=0, overwrite=True, lr=1e-5,
                        micro_batch_tokens=options["micro_batch_tokens"], recompute=options.get("recompute", False))
-    started = time.perf_counter()
-    taken = {}
+    started, taken, seconds = time.perf_counter(), {}, []
+    reference = dpo.reference_logprobs  # before the loop and once for every pair, but not for nothing: it counts
+
+    def timed(*args):
+        began = time.perf_counter()
+        table = reference(*args)
+        seconds.append((time.perf_counter() - began) / len(table))
+        return table
+
+    dpo.reference_logprobs = timed
     original = train.save_checkpoint  # the checkpoint after the last step is not training: TRL saves none here
     train.save_checkpoint = lambda *_: taken.setdefault("peak", peak())
     try:
@@ -64,7 +75,7 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
               "wall": time.perf_counter() - started}
     if task == "dpo-lora":
         pairs = [r["pairs_per_second"] for r in records]
-        result["pairs_per_second"] = sorted(pairs)[len(pairs) // 2]
+        result["pairs_per_second"] = 1 / (1 / sorted(pairs)[len(pairs) // 2] + seconds[0])
     return result
 
 
@@ -100,7 +111,7 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
     lora = LoraConfig(r=options["rank"], lora_alpha=16, target_modules=["c_attn", "c_proj", "c_fc"],
                       fan_in_fan_out=True, task_type="CAUSAL_LM")
     common = {"output_dir": out, "per_device_train_batch_size": options["batch"], "max_steps": options["steps"],
-              "learning_rate": 1e-5, "save_strategy": "no", "report_to": "none", "max_length": LENGTH,
+              "learning_rate": 1e-5, "save_strategy": "no", "report_to": "none", "max_length": options["length"],
               "gradient_checkpointing": options.get("recompute", False), "bf16": False, "use_cpu": True,
               "dataloader_pin_memory": False, "disable_tqdm": True}
     stamps = []
@@ -119,11 +130,11 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
             return [{"role": "assistant", "content": data.text_of(ids[:-1])}]
 
         rows = [{"prompt": data.messages_of(p.prompt)[:-1], "chosen": says(p.chosen), "rejected": says(p.rejected)}
-                for p in preferences(path)[:count]]
+                for p in preferences(path, options["length"])[:count]]
         trainer = DPOTrainer(network, args=DPOConfig(**common, beta=0.1), train_dataset=Dataset.from_list(rows),
                              processing_class=tokenizer, peft_config=lora, callbacks=[Clock()])
     else:
-        rows = [{"messages": data.messages_of(r.ids)} for r in conversations(path)[:count]]
+        rows = [{"messages": data.messages_of(r.ids)} for r in conversations(path, options["length"])[:count]]
         trainer = SFTTrainer(network, args=SFTConfig(**common, assistant_only_loss=True, packing=False),
                              train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                              peft_config=lora if task == "sft-lora" else None, callbacks=[Clock()])
@@ -202,6 +213,26 @@ def decode_figures(run, options: dict) -> dict:
     return figures | {"peak": peak()}
 
 
+def read(path: str, options: dict) -> dict:
+    """Seconds to read, encode and cut the data, so many times as large: each copy with other words and ids."""
+    name, source, _ = data.parse_spec(path)
+    lines = [line for line in data.file_rows(source) if not isinstance(line[2], data.BadRow)] if source else None
+    if not lines:
+        raise SystemExit("give a file: --data oasst1:PATH")
+    copies = Path(options["copies"])
+    with copies.open("w") as file:
+        for n in range(options["times"]):
+            for _, _, row in lines:
+                text = json.dumps(row).replace('"message_id": "', f'"message_id": "{n}-')
+                file.write(text.replace('"text": "', f'"text": "{n} ') + "\n")
+    data.tokenizer()
+    began = time.perf_counter()
+    rows = data.load_rows([f"{name}:{copies}"], val_fraction=0.0).train
+    seconds = time.perf_counter() - began
+    copies.unlink()
+    return {"rows": len(rows), "tokens": sum(map(len, rows)), "seconds": seconds}
+
+
 def matmul() -> dict:
     """The machine's own rate of matrix products, in GFLOP/s."""
     rates = {}
@@ -222,6 +253,8 @@ def main() -> None:
     torch.set_num_threads(options["threads"])
     if task == "matmul":
         result = matmul()
+    elif task == "read":
+        result = read(path, options | {"copies": f"{out}.jsonl"})
     elif task == "decode":
         result = {"ours": lambda: ours_generate(folder, options),
                   "transformers": lambda: transformers_generate(folder, options),
