@@ -294,7 +294,8 @@ class Chat:
         self.name, self.messages = name, list(messages)
         folder = find_model(name)
         if not Path(folder, "config.json").is_file() and not re.fullmatch(r"gpt2(-medium|-large|-xl)?", name):
-            missing = "it has no config.json" if Path(folder).is_dir() else f"there is no such folder in {Path.cwd()}"
+            missing = ("it has no config.json (if its run stopped early, the same command finishes it)"
+                       if Path(folder).is_dir() else f"there is no such folder in {Path.cwd()}")
             raise FileNotFoundError(f"no model in '{name}': {missing}\n"
                                     "Wanted: a run's folder, sample, gpt2, gpt2-medium, gpt2-large or gpt2-xl\n"
                                     "To train one: uv run sft.py")
@@ -620,7 +621,8 @@ def edit(session: Session, argument: str) -> None:
 
     It appears in the prompt. Sent, it replaces the last exchange; emptied, it leaves everything as it was.
     """
-    session.draft, session.replacing = session.last_question, True
+    question = session.last_question
+    session.draft, session.replacing = "/" * question.startswith("/") + question, True
 
 
 @command

@@ -72,7 +72,7 @@ REAL = {"data": ("ultrafeedback", "oasst1", "hh-rlhf@0.1"), "steps": 1000, "batc
 PRESETS = {
     # a small model falls into repetitions at this rate: beta and the cross-entropy on chosen replies hold it
     "sample": {"steps": 100, "batch_size": 20, "lr": 5e-4, "lora_rank": 32, "lora_alpha": 64.0, "beta": 0.3,
-               "nll": 1.5, "reply_tokens": 64},
+               "nll": 1.5, "reply_tokens": 64, "eval_every": 50, "save_every": 50},
     # a laptop: OASST's ranks alone, 200 steps of 16
     "gpt2": REAL | {"data": ("oasst1",), "steps": 200, "batch_size": 16, "lr": 5e-5, "lora_rank": 16, "context": 512,
                     "eval_every": 50, "save_every": 50, "log_every": 1},

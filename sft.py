@@ -59,6 +59,11 @@ def sft_loss(gpt, batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
     return -logprobs.sum(), torch.tensor(len(logprobs)), {}
 
 
+def next_commands(cfg: Config) -> str:
+    how = {"sample": "", "none": " --data PAIRS.jsonl"}.get(cfg.preset, f" --preset {cfg.preset}")
+    return f"uv run dpo.py{how} --model {cfg.out}, or uv run chat.py --model {cfg.out}"
+
+
 def main(cfg: Config) -> dict:
     with Run("sft", cfg) as run:
         gpt = run.load(cfg.model)
@@ -67,7 +72,7 @@ def main(cfg: Config) -> dict:
         if not begin(gpt, chats, cfg, run):
             return run.about["metrics"]
         metrics = train(gpt, sft_loss, step_batches(chats, cfg, run), validation_batches(chats, cfg, run), cfg, run)
-        return finish(gpt, metrics, cfg, run, next_command=f"uv run dpo.py --model {cfg.out}, or uv run chat.py")
+        return finish(gpt, metrics, cfg, run, next_command=next_commands(cfg))
 
 
 if __name__ == "__main__":

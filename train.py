@@ -151,6 +151,8 @@ def _saved_config(path: str, config: type) -> dict:
 def run_script(main, config: type, presets: dict[str, dict] | None = None) -> None:
     """Run main(config from the command line); trouble becomes a few clear lines and exit code 2 (input) or 1 (run)."""
     debug = "--debug" in sys.argv
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a locale that lacks a character must not end a run
     try:
         main(command_line(config, presets))
     except Interrupted as stop:
@@ -290,6 +292,8 @@ class Run:
 
     def _on_signal(self, number: int, frame) -> None:
         if self.signal or not self.training:
+            if self.console.is_terminal:
+                os.write(1, b"\x1b[?25h")  # the progress bar had hidden the cursor
             os._exit(128 + number)
         self.signal = number
         if self.main:
@@ -325,7 +329,8 @@ class Run:
         """Write down in run.json what is now known of the run."""
         self.about |= facts
         if self.main:
-            write_file(self.folder / "run.json", json.dumps(self.about, indent=1))
+            with writing(self.folder / "run.json"):
+                write_file(self.folder / "run.json", json.dumps(self.about, indent=1))
 
     def say(self, text: str = "") -> None:
         if self.main:
@@ -339,7 +344,13 @@ class Run:
         cfg, folder = self.cfg, Path(find_model(spec))
         if spec not in model.SIZES and not folder.is_dir():
             make = "uv run sample/make.py" if spec == "sample" else f"uv run sft.py --out {spec}"
-            raise FileNotFoundError(f"no model at '{folder}' (in {Path.cwd()}).\nTo make one: {make}\n"
+            near = difflib.get_close_matches(spec, ["sample", *model.SIZES], n=1)
+            meant = f"Did you mean {near[0]}? " if near else ""
+            raise FileNotFoundError(f"no model at '{folder}' (in {Path.cwd()}).\n{meant}To make one: {make}\n"
+                                    f"Or give --model sample, {', '.join(model.SIZES)}, or the folder of a model.")
+        if folder.is_dir() and (folder / ".lock").exists() and not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"'{folder}' holds a run that is not finished, and so no model yet.\n"
+                                    "Run its command again: it goes on from the newest checkpoint.\n"
                                     f"Or give --model sample, {', '.join(model.SIZES)}, or the folder of a model.")
         gpt = model.GPT.from_pretrained(find_model(spec))
         if cfg.context > gpt.config.n_positions:
@@ -512,7 +523,8 @@ def writing(what: Path, size: int = 0):
         free = shutil.disk_usage(next(p for p in what.absolute().parents if p.exists())).free
         raise OSError(getattr(error, "errno", None) or errno.EIO,
                       f"{what} could not be written: {getattr(error, 'strerror', None) or error}\n"
-                      f"It needs {size:,} bytes; {free:,} are free. Earlier checkpoints are untouched.\n"
+                      + (f"It needs {size:,} bytes; " if size else "") + f"{free:,} bytes are free. "
+                      "Earlier checkpoints are untouched.\n"
                       "Make room, then run the same command again: it goes on from the newest checkpoint.") from None
 
 
@@ -706,7 +718,11 @@ def open_folder(run: Run, about: dict) -> dict:
                 old = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
                 raise ValueError(f"{path} is damaged.\nStart anew with --overwrite, or give another --out") from None
-            if changes := _differences(old, about):
+            begun = checkpoint_folders(run.folder) or (run.folder / "model.safetensors").is_file()
+            if not begun:  # nothing would be lost: a command that was wrong can be mended
+                old = {}
+                write_file(path, json.dumps(about, indent=1))
+            elif changes := _differences(old, about):
                 shown = changes[:2] + ([f"... and {len(changes) - 2} more"] if len(changes) > 2 else [])
                 raise ValueError(f"{run.folder} holds another run:\n" + "\n".join(shown)
                                  + "\nUse another --out, or --overwrite to start anew")
@@ -767,6 +783,7 @@ class Log:
 
     def __init__(self, run: Run, state: State):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         self.run, self.path, self.latest = run, run.folder / "metrics.jsonl", {}
         if run.main:  # the line of the checkpoint's step and those after it will be written again
@@ -776,9 +793,12 @@ class Log:
             self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self.tracker = _tracker(run) if run.main else None
         self.bar = None
-        if run.main and run.console.is_terminal:
-            self.bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20),
-                                TextColumn("{task.description}"), TimeRemainingColumn(), console=run.console)
+        if run.main and run.console.is_interactive and sys.stdout.isatty():
+            whole, folded = Column(no_wrap=True), Column(overflow="fold")
+            self.bar = Progress(TextColumn("step", table_column=whole), MofNCompleteColumn(table_column=whole),
+                                BarColumn(bar_width=10), TimeRemainingColumn(table_column=whole),
+                                TextColumn("{task.description}", table_column=folded), console=run.console,
+                                speed_estimate_period=3600)  # a step may take a minute
             self.task = self.bar.add_task("", total=run.cfg.steps, completed=state.step)
             self.bar.start()
 
@@ -792,9 +812,13 @@ class Log:
             self.tracker(record)
         self.latest |= record  # so that the bar goes on showing the last validation
         if self.bar:
-            self.bar.update(self.task, completed=record["step"], description=summary(self.latest))
+            self.bar.update(self.task, description=summary(self.latest))
         else:
             self.run.say(f"step {record['step']:>5}/{self.run.cfg.steps}  {summary(record)}")
+
+    def advance(self, step: int) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=step)
 
     def close(self) -> None:
         if self.bar:
@@ -851,7 +875,7 @@ def _tracker(run: Run):
     return lambda r: tracker.log({k: v for k, v in r.items() if k != "step"}, step=r["step"])
 
 
-PANELS = [("loss", ("loss", "val_loss"), "loss"), ("learning rate", ("lr",), "rate"),
+PANELS = [("loss", ("loss", "val_loss"), "nats"), ("learning rate", ("lr",), "rate"),
           ("throughput", ("tokens_per_second",), "tokens / s"), ("gradient norm", ("grad_norm",), "norm"),
           ("rewards (beta x log-ratio)", ("chosen_reward", "rejected_reward"), "nats"),
           ("reward margin", ("reward_margin", "val_reward_margin"), "nats"),
@@ -1071,6 +1095,7 @@ def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch],
             if due and state.step:
                 _show(gpt, cfg, run)
             state.record = _step_with_memory(loss, gpt, optimizer, train_batches, state, cfg, run)
+            log.advance(state.step)
             if state.step == cfg.steps or (cfg.save_every and state.step % cfg.save_every == 0):
                 save_checkpoint(gpt, optimizer, state, cfg, run)
                 saved = state.step
@@ -1085,9 +1110,14 @@ def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch],
         log.close()
 
 
+def look_at(cfg: Settings) -> str:
+    """The command that shows what the data of a run becomes."""
+    return f"uv run data.py {' '.join(cfg.data)}" + (" --pairs" if cfg.row_name == "pairs" else "")
+
+
 def _advice(cfg: Settings) -> str:
     return (f"Try a lower rate: --lr {cfg.lr / 3:.1e} --overwrite\n"
-            f"or look at the data: uv run data.py {' '.join(cfg.data)}")
+            f"or look at the data: {look_at(cfg)}")
 
 
 def _prefixed(metrics: dict) -> dict:
@@ -1119,7 +1149,7 @@ def _step_with_memory(loss, gpt, optimizer, train_batches, state: State, cfg: Se
             raise MemoryError(
                 f"out of memory in step {state.step + 1} with micro-batches of {state.budget} tokens.\n"
                 "If another program took it, run the same command again: it goes on from the last checkpoint.\n"
-                f"Else start anew: --micro-batch-tokens {state.budget // 2}, --recompute, --lora-rank 8 or --model."
+                f"Else --overwrite and --micro-batch-tokens {state.budget // 2}, --recompute, --lora-rank 8 or --model."
             ) from None
 
 
@@ -1179,7 +1209,7 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
 
     if not rows.train:
         raise ValueError(f"--data {' '.join(cfg.data)}: no row is left to train on.\n"
-                         f"See what was dropped and why: uv run data.py {' '.join(cfg.data)}")
+                         f"See what was dropped and why: {look_at(cfg)}")
     learning = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
     report = rows.report_json()
     old = open_folder(run, {"data": {"sha256": rows.fingerprint, **report}, "trainable": learning})

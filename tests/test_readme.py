@@ -1,6 +1,8 @@
 """Every command of the README parses, every Python block in it runs."""
 
+import dataclasses
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -26,7 +28,7 @@ def test_the_readme_has_what_is_tested_here():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_parses(command, monkeypatch):
+def test_command_parses(command, monkeypatch, tmp_path):
     words = shlex.split(command, comments=True)
     assert words[:2] == ["uv", "run"]
     place = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "pytest")
@@ -42,6 +44,11 @@ def test_command_parses(command, monkeypatch):
     module = importlib.import_module(script.stem)
     if script.stem in ("sft", "dpo", "chat", "train", "make"):
         config = module.Compare if script.stem == "train" else module.Config
+        if "--config" in args:  # of a run that was made
+            monkeypatch.chdir(tmp_path)
+            saved = Path(args[args.index("--config") + 1])
+            saved.parent.mkdir(parents=True)
+            saved.write_text(json.dumps({"config": dataclasses.asdict(config())}))
         train.command_line(config, getattr(module, "PRESETS", None), args)
     else:
         positional = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff) if script.stem == "data" else ()

@@ -558,7 +558,7 @@ def test_memory_that_ends_later_is_saved_and_advised(server, uninterrupted):
 
 
 def test_a_folder_belongs_to_one_process_and_one_configuration(server):
-    job, folder = server.jobs["sft full"], server.new_folder()
+    job, folder = server.jobs["sft full"].but(steps=5), server.new_folder()
     first = server.begin(job, folder, save_without_end)
     wait_until(lambda: trials.log_of(folder).exists() and "saving" in trials.log_of(folder).read_text())
     trials.log_of(folder).unlink()
@@ -566,7 +566,10 @@ def test_a_folder_belongs_to_one_process_and_one_configuration(server):
     assert_short_error(folder, str(folder), "in use", "--out")
     first.kill()
     first.join()
-    for change, words in (({"lr": 0.5}, ("--lr", "0.01 there, 0.5 now")), ({"dropout": 0.0}, ("--dropout",)),
+    # until there is a checkpoint nothing would be lost, so the command may be mended
+    assert server.run(job.but(lr=0.02), folder, breaks_in_finish) == -signal.SIGKILL, tail(folder)
+    job = job.but(lr=0.02)
+    for change, words in (({"lr": 0.5}, ("--lr", "0.02 there, 0.5 now")), ({"dropout": 0.0}, ("--dropout",)),
                           ({"model": f"{server.data}/other"}, ("--model", "sha256")),
                           ({"data": (f"{server.data}/other.jsonl",)}, ("--data", "sha256"))):
         make_other(server.data)
