@@ -924,7 +924,8 @@ def test_a_reader_that_goes_away_is_no_error(folder):
 
 def test_interrupting_a_prompt(folder):
     process = subprocess.Popen([*CHAT, "--prompt", "x", "--model", "endless", "--max-new-tokens", "1000"], cwd=folder,
-                               env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+                               pipesize=4096)  # less than the reply, which so cannot end before it is interrupted
     process.stdout.read(3)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
