@@ -195,8 +195,6 @@ class Screen:
 
     def __init__(self):
         self.out = sys.stdout
-        if hasattr(self.out, "reconfigure"):
-            self.out.reconfigure(errors="replace")  # a locale that lacks a character shows "?"
         self.terminal = self.out.isatty()
         self.ansi = self.terminal and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
         self.colour = self.ansi and not os.environ.get("NO_COLOR")  # https://no-color.org

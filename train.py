@@ -713,23 +713,22 @@ def open_folder(run: Run, about: dict) -> dict:
             for path in (*map(run.folder.joinpath, ("run.json", "metrics.jsonl", "model.safetensors", "config.json")),
                          *run.folder.glob("reference-*.safetensors")):
                 path.unlink(missing_ok=True)
+        begun = checkpoint_folders(run.folder) or (run.folder / "model.safetensors").is_file()
         if path.is_file():
             try:
                 old = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
                 raise ValueError(f"{path} is damaged.\nStart anew with --overwrite, or give another --out") from None
-            begun = checkpoint_folders(run.folder) or (run.folder / "model.safetensors").is_file()
-            if not begun:  # nothing would be lost: a command that was wrong can be mended
-                old = {}
-                write_file(path, json.dumps(about, indent=1))
-            elif changes := _differences(old, about):
-                shown = changes[:2] + ([f"... and {len(changes) - 2} more"] if len(changes) > 2 else [])
-                raise ValueError(f"{run.folder} holds another run:\n" + "\n".join(shown)
-                                 + "\nUse another --out, or --overwrite to start anew")
-        elif checkpoint_folders(run.folder) or (run.folder / "model.safetensors").is_file():
+            if changes := _differences(old, about):
+                if begun:
+                    shown = changes[:2] + ([f"... and {len(changes) - 2} more"] if len(changes) > 2 else [])
+                    raise ValueError(f"{run.folder} holds another run:\n" + "\n".join(shown)
+                                     + "\nUse another --out, or --overwrite to start anew")
+                old = {}  # nothing would be lost: a command that was wrong can be mended
+        elif begun:
             raise ValueError(f"{run.folder} holds a model that no run.json describes.\n"
                              "Use another --out, or --overwrite to start anew")
-        else:
+        if not old:
             write_file(path, json.dumps(about, indent=1))
     old = run.shared(old)
     run.about = old or about
@@ -755,7 +754,7 @@ def export(gpt: model.GPT, cfg: Settings, run: Run) -> None:
     weights = whole_weights(gpt, run)
     if not run.main:
         return
-    if run.dtype != torch.float32 and cfg.lora_rank:  # frozen weights were rounded for training only
+    if any(layer.base.weight.dtype != torch.float32 for layer in lora.adapters(gpt).values()):  # for training only
         exact = model.GPT.from_pretrained(find_model(cfg.model)).state_dict()
         weights |= {f"{name}.base.{part}": exact[f"{name}.{part}"]
                     for name in lora.adapters(gpt) for part in ("weight", "bias")}
@@ -1257,7 +1256,7 @@ def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command:
     with writing(run.folder / "curves.png"):
         plot_curves([run.folder], run.folder / "curves.png")
         write_file(run.folder / "samples.md", _samples(run, before, after))
-        run.note(after=after, metrics=final, finished=True, seconds=round(time.perf_counter() - run.started, 1))
+    run.note(after=after, metrics=final, finished=True, seconds=round(time.perf_counter() - run.started, 1))
     for talk in after["replies"]:
         run.say("\n" + data.transcript(talk))
     if "checks" in after:

@@ -116,11 +116,11 @@ def decoding(cfg: Config, folder: Path) -> None:
             f"{m[f'decode_{long}']:.1f}", f"{m['peak'] / 1e9:.2f}")
 
 
-def sizes(cfg: Config, work: Path) -> None:
+def sizes(cfg: Config, folder: Path) -> None:
     header("LoRA SFT by size", "tokens/s", "peak GB")
     for name in model.SIZES:
-        found = measure(cfg, "ours", "sft-lora", make_model(name, work), steps=2, batch=2, micro_batch_tokens=1024,
-                        recompute=name == "gpt2-xl")
+        found = measure(cfg, "ours", "sft-lora", make_model(name, folder.parent), steps=2, batch=2,
+                        micro_batch_tokens=1024, recompute=name == "gpt2-xl")
         row(name + (", recomputing activations" if name == "gpt2-xl" else ""), f"{found['tokens_per_second']:.3g}",
             f"{found['peak'] / 1e9:.2f}")
 
@@ -146,11 +146,9 @@ def main(cfg: Config) -> None:
     before = measure(cfg, "ours", "matmul", folder)
     if set(cfg.tasks) & set(TRAINING):
         training(cfg, folder, before["fp32"])
-    for task, run in (("decode", decoding), ("lengths", lengths), ("data", data_sizes)):
+    for task, run in (("decode", decoding), ("lengths", lengths), ("data", data_sizes), ("sizes", sizes)):
         if task in cfg.tasks:
             run(cfg, folder)
-    if "sizes" in cfg.tasks:
-        sizes(cfg, work)
     after = measure(cfg, "ours", "matmul", folder)
     print("\nmatrix products, GFLOP/s (before, after): "
           + ", ".join(f"{k} {before[k]:.3g}, {after[k]:.3g}" for k in before))
