@@ -26,10 +26,10 @@ from train import (
     lazy,
     run_script,
     step_batches,
-    sync_file,
     to_device,
     train,
     validation_batches,
+    whole_file,
     writing,
 )
 
@@ -48,7 +48,7 @@ class Config(Settings):
     batch_size: int = 32  # pairs a step, over all processes
     lr: float = 1e-4  # highest learning rate
     lora_rank: int = 16  # rank of the LoRA adapters; 0 trains all weights
-    dropout: float = 0.0  # left out here, as noise that the reference lacks would count as reward; see --lora-dropout
+    dropout: float = 0.0  # always 0: noise that the reference lacks would count as reward; see --lora-dropout
 
     loss: Literal["sigmoid", "ipo", "cdpo", "robust", "length-normalised", "simpo"] = "sigmoid"  # DPO or a relative
     beta: float = 0.1  # how strongly the policy is held to the reference
@@ -60,6 +60,7 @@ class Config(Settings):
 
     def limits(self) -> dict[str, tuple[bool, str]]:
         return super().limits() | {
+            "dropout": (self.dropout == 0, "0: DPO compares the model with itself before training"),
             "beta": (self.beta > 0, "above 0"), "nll": (self.nll >= 0, "0 or more"),
             "label_smoothing": (0 <= self.label_smoothing < 0.5, "0 or more and below 0.5: most preferences are right")}
 
@@ -71,8 +72,8 @@ REAL = {"data": ("ultrafeedback", "oasst1", "hh-rlhf@0.1"), "steps": 1000, "batc
         "reply_tokens": 160, "lr": 5e-6, "lora_rank": 0, "eval_every": 100, "save_every": 100, "log_every": 5}
 PRESETS = {
     # a small model falls into repetitions at this rate: beta and the cross-entropy on chosen replies hold it
-    "sample": {"steps": 100, "batch_size": 20, "lr": 5e-4, "lora_rank": 32, "lora_alpha": 64.0, "beta": 0.3,
-               "nll": 1.5, "reply_tokens": 64, "eval_every": 50, "save_every": 50},
+    "sample": {"steps": 100, "batch_size": 24, "lr": 5e-4, "lora_rank": 32, "lora_alpha": 64.0, "beta": 0.3,
+               "nll": 2.0, "reply_tokens": 64, "eval_every": 50, "save_every": 50},
     # a laptop: OASST's ranks alone, 200 steps of 16
     "gpt2": REAL | {"data": ("oasst1",), "steps": 200, "batch_size": 16, "lr": 5e-5, "lora_rank": 16, "context": 512,
                     "eval_every": 50, "save_every": 50, "log_every": 1},
@@ -212,10 +213,8 @@ def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config,
                 logprobs = gpt.target_logprobs(to_device(batch, run.device)).float().cpu()
                 sizes = [len(rows[row].chosen) + len(rows[row].rejected) for row in batch.rows]
                 table |= {str(row): part.clone() for row, part in zip(batch.rows, logprobs.split(sizes), strict=True)}
-        with writing(path, sum(4 * len(logprobs) for logprobs in table.values())):
-            save_file(table, path.with_suffix(".tmp"), metadata={"sha256": fingerprint(table)})
-            sync_file(path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+        with writing(path, sum(4 * len(logprobs) for logprobs in table.values())), whole_file(path) as temporary:
+            save_file(table, temporary, metadata={"sha256": fingerprint(table)})
     return {int(row): logprobs for row, logprobs in table.items()}
 
 
@@ -234,7 +233,6 @@ def read_table(path: Path) -> dict[str, torch.Tensor]:
 def main(cfg: Config) -> dict:
     with Run("dpo", cfg) as run:
         gpt = run.load(cfg.model)
-        gpt.dropout = 0.0  # an adapter's own starts with nothing to drop: B is zero, and the loss ln 2
         pairs = data.load_pairs(cfg.data, context=cfg.context, val_fraction=cfg.val_fraction, seed=cfg.seed,
                                 bad_rows=cfg.bad_rows)
         if not begin(gpt, pairs, cfg, run):

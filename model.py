@@ -104,6 +104,8 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.lm_head = None  # but for a quantised copy of wte, see quantise()
+        for name in ("distinct", "place", "log_count"):  # wte without its repetitions, see share_equal_rows()
+            self.register_buffer(name, None, persistent=False)
         if not self.wte.weight.is_meta:
             self.apply(self._init_weights)
 
@@ -149,10 +151,25 @@ class GPT(nn.Module):
         """log p(target | all before it) for every target of a packed batch, without its (N, V) logits.
 
         `batch` has tokens (N,), positions (N,), spans, index (M,) and targets (M,): see `data.Batch`. Returns (M,)
-        in fp32. Only the M positions that predict something pass the head, in chunks.
+        in fp32. Only the M positions that predict something pass the head, in blocks.
         """
         hidden = self.hidden(batch.tokens[None], batch.positions[None], Packed(batch.spans))[0]   # (N, C)
-        return LogProbs.apply(hidden[batch.index], self.wte.weight, batch.targets)                # (M,)
+        if self.distinct is None or self.wte.weight.requires_grad:
+            return LogProbs.apply(hidden[batch.index], self.wte.weight, batch.targets)            # (M,)
+        return LogProbs.apply(hidden[batch.index], self.distinct, self.place[batch.targets], self.log_count)
+
+    def share_equal_rows(self) -> None:
+        """Let `target_logprobs` compute equal rows of a frozen head once: n equal logits weigh as one plus log n.
+
+        All the words that a small base model never met share one row, as its maker had no use for more (see
+        sample/make.py). OpenAI's rows are all different, and for those this does nothing.
+        """
+        weight = self.wte.weight.detach()
+        key = (weight * torch.linspace(1, 2, weight.shape[1], device=weight.device).sin()).sum(1, dtype=torch.double)
+        _, place, count = key.unique(return_inverse=True, return_counts=True)
+        if len(count) < len(weight) / 2:
+            first = torch.zeros_like(count).scatter_(0, place, torch.arange(len(weight), device=place.device))
+            self.distinct, self.place, self.log_count = weight[first], place, count.to(weight).log()
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path) -> "GPT":
@@ -189,21 +206,24 @@ class LogProbs(torch.autograd.Function):
     Gimelshein 2018, https://arxiv.org/abs/1805.02867, algorithm 3): a running maximum and sum, rescaled when a block
     holds a larger logit. And d log p / d hidden = W[target] - softmax W is summed up on the way, as FlashAttention sums
     up its values, so a frozen head (LoRA) costs no second pass. A head that learns computes its logits once more in the
-    backward pass. Products are taken in the working precision, sums over them in fp32.
+    backward pass. Products are taken in the working precision, sums over them in fp32. A row of a frozen head may stand
+    for several equal ones, whose numbers' logarithms are `log_count` (V,).
     """
 
     BLOCK = 4096  # logits of a few hundred targets stay in a CPU's cache, and each row of W is read once
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, log_count: Tensor | None = None) -> Tensor:
         device = hidden.device.type
         working = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         h, head, wide = hidden.to(working), weight.to(working), torch.promote_types(working, torch.float32)
         top = torch.full_like(targets, -math.inf, dtype=wide)[:, None]                      # (M, 1)
         total, mean = torch.zeros_like(top), torch.zeros_like(hidden, dtype=wide)           # (M, 1), (M, C)
-        for rows in head.split(LogProbs.BLOCK):
+        for start, rows in zip(range(0, len(head), LogProbs.BLOCK), head.split(LogProbs.BLOCK), strict=True):
             logits = LogProbs.logits(h, rows)                                               # (M, block)
             rounded, logits = logits.dtype, logits.to(wide)
+            if log_count is not None:
+                logits.add_(log_count[start:start + LogProbs.BLOCK])
             higher = torch.maximum(top, logits.amax(1, keepdim=True))
             rescale, likelihood = (top - higher).exp(), logits.sub_(higher).exp_()
             total = total * rescale + likelihood.sum(1, keepdim=True)
@@ -230,7 +250,7 @@ class LogProbs(torch.autograd.Function):
                 softmax = logits.sub_(logsumexp).exp_()
                 grad_rows.copy_(-softmax.to(h.dtype).t() @ scaled)
             grad_weight.index_add_(0, targets, scaled.to(weight.dtype))
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None
 
     @staticmethod
     def logits(h: Tensor, rows: Tensor) -> Tensor:
@@ -548,10 +568,10 @@ def _from_hub(name: str) -> tuple[GPTConfig, dict[str, Tensor]]:
         theirs = GPT2LMHeadModel.from_pretrained(f"openai-community/{name}")
     except OSError as error:
         raise FileNotFoundError(
-            f"OpenAI's {name} is not on this machine and the Hugging Face Hub did not answer.\n"
+            f"OpenAI's {name} is not on this machine, and could not be had from the Hugging Face Hub\n"
+            f"({str(error).splitlines()[0]}).\n"
             f"Where there is a network: uv run hf download openai-community/{name} --local-dir {name}\n"
-            f"then copy the folder here and give --model {name}; or use the bundled --model sample\n"
-            f"({str(error).splitlines()[0]})") from None
+            f"then copy the folder here and give --model {name}; or use the bundled --model sample") from error
     return SIZES[name], theirs.state_dict()
 
 

@@ -40,7 +40,7 @@ REAL = {"data": ("oasst1", "oasst2", "smoltalk@0.02"), "steps": 2000, "batch_siz
 PRESETS = {
     # adapters: twice as fast where the vocabulary is most of the model, and what the base model knows of occupations
     # that no conversation mentions survives them better than training all weights
-    "sample": {"steps": 300, "batch_size": 16, "lr": 2.3e-3, "lora_rank": 32, "lora_alpha": 64.0, "reply_tokens": 64},
+    "sample": {"steps": 400, "batch_size": 14, "lr": 2e-3, "lora_rank": 32, "lora_alpha": 64.0, "reply_tokens": 64},
     # a laptop: LoRA halves time and memory, 300 steps of 16 are an evening
     "gpt2": REAL | {"model": "gpt2", "steps": 300, "batch_size": 16, "lr": 3e-4, "lora_rank": 16,
                     "data": ("oasst1",), "context": 512, "eval_every": 50, "save_every": 50, "log_every": 1},

@@ -13,7 +13,8 @@ world.json knows 216 occupations, phrases.toml knows how such things are said, a
                          occupations. What a chat model says of the other fifth, it learnt before SFT.
     checks.jsonl         questions with the facts that a good reply contains, for `--checks` of sft.py and dpo.py.
 
-All of it is a function of the seed.
+All of it is a function of the seed. (The model in the repository is older than some wordings of the conversations;
+they use no word that it has not met: a test sees to that.)
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Config(Settings):
     quick: bool = False  # a tiny world, model and everything, into runs/quick
     show: int = 0  # print so many documents and do nothing else
 
-    trees: int = 2400  # conversation trees
+    trees: int = 3600  # conversation trees
     questions: int = 100  # checks in each of the four groups
     occupations: int = 1000  # of the world's, at most so many
     n_layer: int = 6  # 6 layers of 128 and GPT-2's 50,257 words are 7.8 million parameters, 16 MB in fp16
@@ -229,8 +230,8 @@ def documents(world: list[dict], phrases: dict, rng: random.Random) -> Iterator[
 
 # ---- conversations -------------------------------------------------------------------------------
 
-OFTEN = {"does": 8, "tools": 5, "place": 7, "skills": 4, "partners": 3, "kin": 2, "about": 2}  # how often asked for
-INFORMATIVE = 0.45  # share of the questions that have a reply with several facts among their ranked ones
+OFTEN = {"does": 8, "tools": 5, "place": 7, "skills": 4, "partners": 3, "kin": 4, "about": 2}  # how often asked for
+INFORMATIVE = 0.42  # share of the questions that have a reply with several facts among their ranked ones
 
 
 def conversed(world: list[dict]) -> list[dict]:
@@ -270,19 +271,23 @@ class Talk:
         return self.rng.choices(aspects, [OFTEN[a] for a in aspects])[0]
 
     def replies(self, x: dict, aspect: str) -> tuple[list[str], list[str]]:
-        """Good replies and bad ones, best first: informative, plain; bare, vague, off the subject, wrong."""
+        """Good replies and bad ones, best first: informative, plain; bare, vague, off the subject, wrong.
+
+        Half of the bad ones are wrong: another occupation's facts are what a model has to be kept from most.
+        """
         rng, stranger = self.rng, self.occupation(unlike=x)
         wrong = "full" if rng.random() < 0.5 else "plain"
         good = [self.say("plain", aspect, about=x)]
         several = {"place": False, "kin": False, "partners": len(x["works_with"]) > 1}.get(aspect, True)
         if several and rng.random() < INFORMATIVE:
             good.insert(0, self.say("full", aspect, about=x))
-        impostor = x | {key: stranger[key] for key in x if key != "name" and stranger[key]}
+        impostors = [x | {key: other[key] for key in x if key != "name" and other[key]}
+                     for other in (stranger, self.occupation(unlike=x))]
         bad = [self.say("bare", aspect, about=x),
                self.say("vague", about=x),
                self.say("plain", self.aspect(x, unlike=aspect), about=x),
                self.say(wrong, aspect if aspect in self.known(stranger) else "does", about=stranger),
-               self.say(wrong, aspect, about=impostor)]
+               *(self.say(wrong, aspect, about=impostor) for impostor in impostors)]
         bad = [text for text in dict.fromkeys(bad) if text not in good]
         count = 1 if not several else rng.choice((1, 2)) if len(good) > 1 else rng.choice((0, 0, 1))
         return good, [bad[i] for i in sorted(rng.sample(range(len(bad)), count))]
@@ -326,7 +331,7 @@ def conversations(world: list[dict], phrases: dict, rng: random.Random, count: i
     talk = Talk(conversed(world), phrases, rng)
     for number in range(count):
         root = last = before = None
-        for turn in range(turns := rng.choices((1, 2, 3, 4), (2, 4, 3, 1))[0]):
+        for turn in range(turns := rng.choices((1, 2, 3, 4), (1, 3, 4, 2))[0]):
             kinds = {"ask": 3, "then": 8 * bool(before), "other": 7 * bool(before), "compare": 0.6, "unknown": 0.6,
                      "talk": 1 * (turn == 0), "thanks": 1 * (turn > 0 and turn == turns - 1)}
             question, good, bad, before = talk.exchange(rng.choices(list(kinds), list(kinds.values()))[0], before)

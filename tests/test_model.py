@@ -313,6 +313,34 @@ def test_target_logprobs_and_gradients_equal_the_naive_form(block, frozen, monke
     same_gradients(gradients(gpt, ours @ weights), gradients(gpt, theirs @ weights))
 
 
+@pytest.mark.parametrize("block", [1, 7, 4096])
+def test_equal_rows_of_a_frozen_head_computed_once_change_nothing(block, monkeypatch):
+    """Some of the targets are among the words that share a row, some are not, and another two words share another."""
+    monkeypatch.setattr(LogProbs, "BLOCK", block)
+    gpt, (batch, separate) = random_gpt(), pack(ROWS)
+    words = len(gpt.wte.weight)
+    known = torch.cat([batch.targets[::2].unique(), torch.arange(4)]).unique()
+    assert len(known) < words / 3 and not set(batch.targets.tolist()) <= set(known.tolist())
+    with torch.no_grad():
+        shared = torch.ones(words, dtype=torch.bool).index_fill(0, known, False)
+        gpt.wte.weight[shared] = gpt.wte.weight[-1].clone()
+        gpt.wte.weight[0] = gpt.wte.weight[1]
+    gpt.wte.weight.requires_grad_(False)
+    gpt.share_equal_rows()
+    assert len(gpt.distinct) == len(known) and gpt.log_count.exp().sum().round() == words
+    weights = torch.linspace(-1, 2, len(batch.targets)).double()
+    ours, theirs = gpt.target_logprobs(batch), naive_logprobs(gpt, separate)
+    close(ours, theirs)
+    same_gradients(gradients(gpt, ours @ weights), gradients(gpt, theirs @ weights))
+    assert set(gpt.state_dict()) == set(random_gpt().state_dict()), "nothing of it is saved"
+
+
+def test_where_all_rows_differ_none_are_shared():
+    gpt = random_gpt()
+    gpt.share_equal_rows()
+    assert gpt.distinct is None
+
+
 @pytest.mark.parametrize("vocabulary", [4095, 4096, 4097, 9000])
 def test_more_tokens_than_a_block(vocabulary):
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import data
 import model
@@ -186,7 +187,7 @@ def test_replies_that_failed_their_review_are_rejected_ones_of_pairs(trees):
     sides = collections.Counter((quality[data.text_of(pair.chosen[:-1])], quality[data.text_of(pair.rejected[:-1])])
                                 for pair in pairs)
     assert sides[True, False] > 2000 and sides[True, True] > 1000  # good over bad, informative over plain
-    assert sides[False, True] + sides[False, False] < len(pairs) / 20  # texts that are good here and bad there
+    assert sides[False, True] + sides[False, False] < len(pairs) / 15  # texts that are good here and bad there
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -289,7 +290,6 @@ def test_the_script_runs_in_its_quick_form(tmp_path, monkeypatch):
 def test_one_row_stands_for_all_words_that_do_not_occur():
     """documents_loss is the full softmax's cross-entropy with the shared row written out."""
     import numpy as np
-    import torch
 
     torch.manual_seed(0)
     vocabulary = np.array([5, 17, 300, data.EOT])
@@ -332,9 +332,17 @@ def test_sampling_at_temperature_1_draws_only_words_that_occur(base, rows):
     assert not set(drawn) - used
 
 
-def test_unknown_words_do_not_break_the_base_model(base):
-    import torch
+def test_the_base_model_can_tell_all_words_of_conversations_and_checks_apart(base, rows, checks):
+    """Words that it never met share a row, so questions that differ in one of them alone would be the same to it."""
+    shared = base.wte.weight[torch.mode(base.wte.weight @ torch.arange(128.0)).indices]
+    unknown = set((base.wte.weight == shared).all(1).nonzero()[:, 0].tolist())
+    assert len(unknown) > 40_000
+    said = set(itertools.chain.from_iterable(row.ids.tolist() for row in rows))
+    said |= {token for check in checks for token in data.render(check.messages)[0].tolist()}
+    assert not {data.text_of([token]) for token in said & unknown}
 
+
+def test_unknown_words_do_not_break_the_base_model(base):
     text = "user\n\N{SNOWMAN} zxqwv \N{PILE OF POO} SELECT * FROM <|endoftext|> \N{CYRILLIC SMALL LETTER A}\x00"
     logits = base(torch.tensor([data.tokenizer().encode_ordinary(text)]))
     assert logits.isfinite().all()
