@@ -8,11 +8,14 @@ A SPEC is NAME, NAME:PATH or PATH, each with an optional @WEIGHT: `oasst1`, `oas
 `smoltalk@0.5`. PATH is a file in that data set's own format or a folder that `datasets.load_dataset` reads.
 """
 
+from __future__ import annotations
+
 import base64
 import difflib
 import gzip
 import hashlib
 import heapq
+import importlib
 import json
 import math
 import os
@@ -24,14 +27,27 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from itertools import chain, combinations, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import tiktoken
+import tyro
+
+
+class lazy:
+    """`torch = lazy("torch")` imports torch when it is first used: --help must not wait two seconds for it."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+np = lazy("numpy")
 
 HERE = Path(__file__).parent
 EOT = 50256                              # <|endoftext|>, the one control token
@@ -373,7 +389,7 @@ class Count:
     """
 
     spec: str
-    bad_rows: Literal["error", "skip"] = "error"
+    bad_rows: Literal["error", "skip", ""] = "error"    # "": an error, and no skipping is offered
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)
     notes: Counter = field(default_factory=Counter)     # what was done to rows that were kept, and other remarks
@@ -387,7 +403,7 @@ class Count:
         return {"spec": self.spec, "kept": self.kept, "dropped": dict(self.dropped.most_common()),
                 "read": self.kept + self.dropped.total(), "notes": dict(self.notes.most_common())}
 
-    def each(self, rows: Iterable["FileRow"], read_one: Callable[[dict], Any]) -> Iterator[Any]:
+    def each(self, rows: Iterable[FileRow], read_one: Callable[[dict], Any]) -> Iterator[Any]:
         """read_one(row) of every row; what it refuses is counted, or raised where bad rows are errors."""
         for place, raw, row in rows:
             try:
@@ -397,8 +413,9 @@ class Count:
             except BadRow as bad:
                 reason, wrong = bad.args
                 what = f"{place}: {wrong}\n  the row: {excerpt(raw)}"
-                if self.bad_rows == "error":
-                    raise ValueError(f"{what}\nMend it, or leave such rows out with --bad-rows skip") from None
+                if self.bad_rows != "skip":
+                    skip = ", or leave such rows out with --bad-rows skip" if self.bad_rows else ""
+                    raise ValueError(f"{what}\nMend it{skip}") from None
                 self.first_bad = self.first_bad or what
                 self.drop(f"bad row: {reason}")
             except Drop as drop:
@@ -902,12 +919,6 @@ class Data:
                      dropped=sum((count.dropped for count in self.counts), Counter()),
                      notes=sum((count.notes for count in self.counts), Counter()))
 
-    @cached_property
-    def val_messages(self) -> list[Conversation]:
-        """The conversations behind val, of pairs with the chosen reply."""
-        return [messages_of(np.concatenate([row.prompt, row.chosen]) if isinstance(row, Pair) else row.ids)
-                for row in self.val]
-
     def report_json(self) -> dict:
         """The counts, and what the rows are like: lengths in tokens (of a pair, both replies and the prompt once)."""
         rows = [*self.train, *self.val]
@@ -1104,7 +1115,7 @@ def read_checks(path: str | Path) -> list[Check]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checks file {visible(str(path))[:200]!r} (in {Path.cwd()})")
     checks, stated = [], defaultdict(lambda: defaultdict(set))
-    for row in Count(str(path)).each(file_rows(path), read_check):
+    for row in Count(str(path), bad_rows="").each(file_rows(path), read_check):
         messages, facts, forbidden, subject, group = row
         if subject:
             for statement in (tuple(words(wording)) for fact in facts for wording in fact):
@@ -1228,7 +1239,8 @@ def print_example(row: Row | Pair) -> None:
 class Config:
     """Show what data sets become: counts, drops by reason, lengths, and one example with its supervised tokens."""
 
-    specs: tuple[str, ...]  # NAME, NAME:PATH or PATH, each with an optional @WEIGHT; nothing is the bundled sample
+    # NAME, NAME:PATH or PATH, each with an optional @WEIGHT
+    specs: tyro.conf.Positional[tuple[str, ...]] = ("sample",)
     pairs: bool = False  # read preferences, as dpo.py does, where there are conversations too
     json: bool = False  # print the counts as one JSON object and nothing else
     bad_rows: Literal["error", "skip"] = "error"  # what to do about rows that cannot be read
@@ -1236,6 +1248,8 @@ class Config:
     val_fraction: float = 0.05  # share of the conversation trees that is kept for validation
     seed: int = 0  # decides which trees these are
     language: str = "en"  # which language of OASST
+    row: int | None = None  # show this training row, counted from 0, instead of one of median length
+    debug: bool = False  # show the traceback of an error
 
 
 def only_preferences(spec: str) -> bool:
@@ -1248,29 +1262,24 @@ def only_preferences(spec: str) -> bool:
 
 
 def main(cfg: Config) -> Data:
-    settings = asdict(cfg)
-    specs, pairs, as_json = settings.pop("specs") or ("sample",), settings.pop("pairs"), settings.pop("json")
-    pairs = pairs or all(map(only_preferences, specs))
-    data = (load_pairs if pairs else load_rows)(specs, **settings)
-    if as_json:
+    settings = {name: getattr(cfg, name) for name in ("context", "val_fraction", "seed", "bad_rows", "language")}
+    pairs = cfg.pairs or all(map(only_preferences, cfg.specs))
+    data = (load_pairs if pairs else load_rows)(cfg.specs, **settings)
+    if cfg.json:
         print(json.dumps(data.report_json()))
         return data
+    if cfg.row is not None and not 0 <= cfg.row < len(data.train):
+        raise ValueError(f"--row is {cfg.row}; there are {len(data.train):,} rows to train on, from 0")
     print(describe(data, "pairs" if pairs else "conversations"))
     rows = sorted(data.train or data.val, key=len)
-    print("\nOne row, of median length; " + ("chosen «» and rejected ‹›" if pairs else "supervised «»")
-          + " (in colour on a terminal):\n")
-    print_example(rows[len(rows) // 2])
+    shown = f"Row {cfg.row} of those to train on" if cfg.row is not None else "One row, of median length"
+    marks = "chosen «» and rejected ‹›" if pairs else "supervised «»"
+    print(f"\n{shown}; {marks} (in colour on a terminal):\n")
+    print_example(rows[len(rows) // 2] if cfg.row is None else data.train[cfg.row])
     return data
 
 
 if __name__ == "__main__":
-    import tyro
+    from train import run_script
 
-    cfg = tyro.cli(Config, config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        main(cfg)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, Config)

@@ -18,11 +18,11 @@ import dataclasses
 import difflib
 import errno
 import hashlib
-import importlib
 import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -37,17 +37,7 @@ import tyro
 from rich.console import Console
 
 import data
-
-
-class lazy:
-    """`torch = lazy("torch")` imports torch when it is first used: --help must not wait two seconds for it."""
-
-    def __init__(self, name: str):
-        self._name = name
-
-    def __getattr__(self, attribute: str):
-        return getattr(importlib.import_module(self._name), attribute)
-
+from data import lazy
 
 torch = lazy("torch")
 model = lazy("model")
@@ -118,14 +108,16 @@ MAY_DIFFER = {"overwrite", "debug", "config", "preset", "tracker", "save_every",
 def command_line(config: type, presets: dict[str, dict] | None = None, args: list[str] | None = None):
     """The script's Config from its flags: --preset and --config change the defaults, every other flag one value."""
     args = sys.argv[1:] if args is None else args
-    flags = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(config)}
+    known = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(config)}
     for flag in (arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")):
-        if flag[2:] and flag.replace("--no-", "--", 1) not in flags | {"--help"} and not flag.startswith("--tyro-"):
-            near = difflib.get_close_matches(flag, sorted(flags), n=1)
+        if flag[2:] and flag.replace("--no-", "--", 1) not in known | {"--help"} and not flag.startswith("--tyro-"):
+            near = difflib.get_close_matches(flag, sorted(known), n=1)
             raise ValueError(f"there is no {flag}" + (f"; did you mean {near[0]}?" if near else "")
                              + f"\nAll there are: uv run {Path(sys.argv[0]).name} --help")
-    values: dict = {}
-    if presets and not {"--data", "--preset", "--config"} & {arg.partition("=")[0] for arg in args}:
+    values, given = {}, {arg.partition("=")[0] for arg in args}
+    if {"--preset", "--config"} <= given:
+        raise ValueError("--preset and --config both say what the defaults are: give one of them")
+    if presets and not {"--data", "--preset", "--config"} & given:
         args = ["--preset", "sample", *args]
     for flag in ("--preset", "--config"):
         for i, arg in enumerate(args):
@@ -165,10 +157,13 @@ def run_script(main, config: type, presets: dict[str, dict] | None = None) -> No
     except Exception as error:
         refused = isinstance(error, ValueError | FileNotFoundError | FileExistsError | NotADirectoryError
                              | IsADirectoryError | PermissionError | Busy)
-        failed = isinstance(error, OSError | ArithmeticError | MemoryError | ImportError) or is_out_of_memory(error)
-        if debug or not (refused or failed):
+        memory = is_out_of_memory(error)
+        if debug or not (refused or memory or isinstance(error, OSError | ArithmeticError | ImportError)):
             raise
         lines = "\n".join(str(error).splitlines()[:5]) or type(error).__name__
+        if memory and not isinstance(error, MemoryError):  # torch's own words, from outside a training step
+            lines = (f"out of memory ({lines.splitlines()[0][:200]}).\n"
+                     "Close other programs, or take a smaller --model; in training, a smaller --micro-batch-tokens")
         print(f"error: {data.visible(lines)}", file=sys.stderr)
         sys.exit(2 if refused else 1)
 
@@ -247,9 +242,11 @@ class Run:
         self.dtype = pick_precision(cfg.precision, self.device)
         self.signal = 0
         self.training = False  # in the loop
-        self.started = time.perf_counter()
+        self.bar = False  # a progress bar is on the screen
         self.about: dict = {}
-        self.console = Console(soft_wrap=True, markup=False, emoji=False)  # names and replies are text, brackets or not
+        # words wrap in a window, and nothing does in a pipe; names and replies are text, brackets or not
+        terminal = sys.stdout.isatty()
+        self.console = Console(soft_wrap=not terminal, width=None if terminal else 200, markup=False, emoji=False)
 
     @property
     def main(self) -> bool:
@@ -296,10 +293,15 @@ class Run:
                 os.write(1, b"\x1b[?25h")  # the progress bar had hidden the cursor
             os._exit(128 + number)
         self.signal = number
-        if self.main:
+        if self.main and not self.bar:  # which says it itself
             with contextlib.suppress(OSError):  # not print: that may be what the signal interrupted
-                os.write(2, f"\n{signal.Signals(number).name}: stopping as soon as a checkpoint is saved "
-                            "(again to stop at once)\n".encode())
+                os.write(2, f"\n{self.stopping}\n".encode())
+
+    @property
+    def stopping(self) -> str:
+        """What a first signal is answered with; "" before it."""
+        return (f"{signal.Signals(self.signal).name}: stopping as soon as a checkpoint is saved (again to stop at once)"
+                if self.signal else "")
 
     def stop_point(self, together: bool = True) -> None:
         """Raise Interrupted if a signal has come; several processes decide together, or not at all."""
@@ -352,6 +354,7 @@ class Run:
             raise FileNotFoundError(f"'{folder}' holds a run that is not finished, and so no model yet.\n"
                                     "Run its command again: it goes on from the newest checkpoint.\n"
                                     f"Or give --model sample, {', '.join(model.SIZES)}, or the folder of a model.")
+        self.say(f"loading {spec} ...")
         gpt = model.GPT.from_pretrained(find_model(spec))
         if cfg.context > gpt.config.n_positions:
             raise ValueError(f"--context {cfg.context} is more than the {gpt.config.n_positions} positions of {spec}")
@@ -360,6 +363,7 @@ class Run:
         if cfg.lora_rank:
             torch.manual_seed(cfg.seed)
             lora.add_adapters(gpt, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.rslora, cfg.lora_targets)
+            gpt.share_equal_rows()
             if self.dtype == torch.bfloat16 and not cfg.fsdp:  # autocast would cast the frozen weights in every step
                 for layer in lora.adapters(gpt).values():
                     layer.base.to(self.dtype)
@@ -403,7 +407,8 @@ def parallelise(gpt: model.GPT, loss_fn, cfg: Settings, run: Run):
             part.set_force_sum_reduction_for_comms(True)
     elif run.world > 1:
         ids = [run.device.index] if run.device.type == "cuda" else None
-        loss = torch.nn.parallel.DistributedDataParallel(loss, device_ids=ids, gradient_as_bucket_view=True)
+        loss = torch.nn.parallel.DistributedDataParallel(loss, device_ids=ids, gradient_as_bucket_view=True,
+                                                         broadcast_buffers=False)  # they are the same everywhere
     return loss
 
 
@@ -528,15 +533,22 @@ def writing(what: Path, size: int = 0):
                       "Make room, then run the same command again: it goes on from the newest checkpoint.") from None
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write all of a file or nothing: to a temporary name, to the disk, then renamed."""
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """All of a file or nothing: gives a temporary name to write to, which goes to the disk and is then renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        sync_file(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_file(path: Path, text: str) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def sha256(path: Path) -> str:
@@ -555,6 +567,7 @@ class State:
 
     step: int = 0  # optimiser steps done
     tokens: int = 0  # tokens trained on
+    seconds: float = 0.0  # that the loop took for it, over all resumptions
     budget: int = 0  # micro-batch tokens, halved when memory ran out
     record: dict = field(default_factory=dict)  # what the step measured; it is logged after the step's evaluation
 
@@ -783,6 +796,11 @@ class Log:
     def __init__(self, run: Run, state: State):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.table import Column
+        from rich.text import Text
+
+        class Latest(TextColumn):
+            def render(self, task) -> Text:
+                return Text(run.stopping or task.description)
 
         self.run, self.path, self.latest = run, run.folder / "metrics.jsonl", {}
         if run.main:  # the line of the checkpoint's step and those after it will be written again
@@ -795,11 +813,12 @@ class Log:
         if run.main and run.console.is_interactive and sys.stdout.isatty():
             whole, folded = Column(no_wrap=True), Column(overflow="fold")
             self.bar = Progress(TextColumn("step", table_column=whole), MofNCompleteColumn(table_column=whole),
-                                BarColumn(bar_width=10), TimeRemainingColumn(table_column=whole),
-                                TextColumn("{task.description}", table_column=folded), console=run.console,
+                                BarColumn(bar_width=8), TimeRemainingColumn(compact=True, table_column=whole),
+                                Latest("", table_column=folded), console=run.console,
                                 speed_estimate_period=3600)  # a step may take a minute
             self.task = self.bar.add_task("", total=run.cfg.steps, completed=state.step)
             self.bar.start()
+            run.bar = True
 
     def write(self, record: dict) -> None:
         if not self.run.main:
@@ -821,6 +840,7 @@ class Log:
 
     def close(self) -> None:
         if self.bar:
+            self.run.bar = False
             self.bar.stop()
         if self.run.main:
             with contextlib.suppress(OSError):  # of a full disk, which has been reported
@@ -840,6 +860,18 @@ def read_metrics(folder: Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"'{folder}' is not a run: it has no metrics.jsonl.\nFinish one first: uv run sft.py")
     return [r for r in map(_parsed, path.read_text(encoding="utf-8").splitlines()) if r]
+
+
+def read_about(folder: Path) -> dict:
+    """A run's run.json; {} if it has none."""
+    path = Path(folder) / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def start_of(folder: Path) -> dict:
+    """What was measured before the first step, as a record of step 0."""
+    before = read_about(folder).get("before", {})
+    return {"step": 0} | {key: value for key, value in before.items() if key.startswith("val_")}
 
 
 def summary(record: dict) -> str:
@@ -875,7 +907,8 @@ def _tracker(run: Run):
 
 
 PANELS = [("loss", ("loss", "val_loss"), "nats"), ("learning rate", ("lr",), "rate"),
-          ("throughput", ("tokens_per_second",), "tokens / s"), ("gradient norm", ("grad_norm",), "norm"),
+          ("throughput", ("pairs_per_second",), "pairs / s"), ("throughput", ("tokens_per_second",), "tokens / s"),
+          ("gradient norm", ("grad_norm",), "norm"),
           ("rewards (beta x log-ratio)", ("chosen_reward", "rejected_reward"), "nats"),
           ("reward margin", ("reward_margin", "val_reward_margin"), "nats"),
           ("reward accuracy", ("reward_accuracy", "val_reward_accuracy"), "share of pairs"),
@@ -891,8 +924,11 @@ def plot_curves(folders: list[Path], path: Path) -> None:
 
     whole = [Path(f).absolute() for f in folders]
     shared = os.path.commonpath(whole) if len({f.name for f in whole}) < len(whole) else ""
-    runs = {os.path.relpath(f, shared) if shared else f.name: read_metrics(f) for f in whole}
-    present = {key for records in runs.values() for record in records for key in record}
+    runs = {os.path.relpath(f, shared) if shared else f.name: [start_of(f), *read_metrics(f)] for f in whole}
+    held = [{key for record in records for key in record} for records in runs.values()]
+    # one panel of throughput: pairs where all the runs have them, else tokens, which all have
+    hidden = "tokens_per_second" if all("pairs_per_second" in keys for keys in held) else "pairs_per_second"
+    present = set().union(*held) - {hidden}
     panels = [panel for panel in PANELS if present & set(panel[1])]
     columns = min(4, len(panels)) if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)
@@ -980,7 +1016,7 @@ def checks_table(before: dict, after: dict):
 
     table = Table(title="checks, before -> after", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("group", "asked", "correct", "facts\nper reply", "end by\nthemselves", "words\nper reply"):
-        table.add_column(column, justify="left" if column == "group" else "right", no_wrap=column != "group")
+        table.add_column(column, justify="left" if column == "group" else "right", overflow="fold")
     for group, now in after.items():
         was = before.get(group, now)
         table.add_row(Text(data.visible(group)), str(now["n"]), f"{was['correct']:.0%} -> {now['correct']:.0%}",
@@ -1074,7 +1110,7 @@ def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch],
     state = load_checkpoint(gpt, optimizer, run) or State(budget=cfg.micro_batch_tokens)
     gpt.train()
     log = Log(run, state)
-    saved = state.step
+    saved, began = state.step, time.perf_counter() - state.seconds
     run.training = True
     try:
         while True:  # a step is saved, then evaluated and logged: a run that is resumed begins with the latter
@@ -1090,16 +1126,21 @@ def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch],
             elif due or state.step % cfg.log_every == 0:
                 log.write(state.record | measured)
             if state.step == cfg.steps:
+                run.note(seconds=round(time.perf_counter() - began, 1))
                 return state.record | measured
             if due and state.step:
-                _show(gpt, cfg, run)
+                whole = whole_model(gpt, cfg, run)
+                if run.main:
+                    show(f"after step {state.step}", converse(whole, cfg.prompts, cfg.reply_tokens), run)
             state.record = _step_with_memory(loss, gpt, optimizer, train_batches, state, cfg, run)
+            state.seconds = time.perf_counter() - began
             log.advance(state.step)
             if state.step == cfg.steps or (cfg.save_every and state.step % cfg.save_every == 0):
                 save_checkpoint(gpt, optimizer, state, cfg, run)
                 saved = state.step
             run.stop_point()
     except Interrupted as stop:
+        log.close()  # the bar ends above what is said now
         if state.step > saved:
             save_checkpoint(gpt, optimizer, state, cfg, run)
         run.say(f"stopped after step {state.step} of {cfg.steps}; run the same command again to go on")
@@ -1109,25 +1150,22 @@ def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch],
         log.close()
 
 
-def look_at(cfg: Settings) -> str:
-    """The command that shows what the data of a run becomes."""
-    return f"uv run data.py {' '.join(cfg.data)}" + (" --pairs" if cfg.row_name == "pairs" else "")
+def look_at(cfg: Settings, row: int | None = None) -> str:
+    """The command that shows what the data of a run becomes, or one row of it."""
+    shared = ("context", "val_fraction", "seed", "bad_rows")
+    changed = [f"--{name.replace('_', '-')} {getattr(cfg, name)}" for name in shared
+               if getattr(cfg, name) != getattr(Settings, name)]
+    changed += [f"--row {row}"] * (row is not None)
+    return " ".join(["uv run data.py", shlex.join(cfg.data), *["--pairs"] * (cfg.row_name == "pairs"), *changed])
 
 
-def _advice(cfg: Settings) -> str:
+def _advice(cfg: Settings, row: int | None = None) -> str:
     return (f"Try a lower rate: --lr {cfg.lr / 3:.1e} --overwrite\n"
-            f"or look at the data: {look_at(cfg)}")
+            f"or look at the data: {look_at(cfg, row)}")
 
 
 def _prefixed(metrics: dict) -> dict:
     return {f"val_{key}": value for key, value in metrics.items()}
-
-
-def _show(gpt, cfg: Settings, run: Run) -> None:
-    whole = whole_model(gpt, cfg, run)
-    if run.main and cfg.prompts:
-        for talk in converse(whole, cfg.prompts, cfg.reply_tokens):
-            run.say("\n" + data.transcript(talk))
 
 
 def _step_with_memory(loss, gpt, optimizer, train_batches, state: State, cfg: Settings, run: Run) -> dict:
@@ -1182,7 +1220,7 @@ def _step(loss, optimizer, train_batches, state: State, cfg: Settings, run: Run)
         raise FloatingPointError(
             f"step {state.step + 1}: loss {totals['loss'] / max(totals['count'], 1):g}, gradient norm {norm:g}, "
             f"rate {lr:.2e}; rows {', '.join(map(str, rows[:12]))}{' ...' if len(rows) > 12 else ''}.\n"
-            "The step was not taken and nothing of it was saved.\n" + _advice(cfg))
+            "The step was not taken and nothing of it was saved.\n" + _advice(cfg, rows[0] if rows else None))
     for grad in grads:
         grad.mul_(scale * min(1.0, cfg.clip / max(norm, 1e-12)))
     for group in optimizer.param_groups:
@@ -1202,9 +1240,20 @@ def _step(loss, optimizer, train_batches, state: State, cfg: Settings, run: Run)
 # ---- before and after ----------------------------------------------------------------------------
 
 
+def flags(cfg: Settings, besides: tuple[str, ...] = ()) -> str:
+    """The settings that are not the script's defaults, as one would type them."""
+    typed = []
+    for name, value in asdict(cfg).items():
+        if name not in besides and value != getattr(type(cfg)(), name):
+            typed.append(f"--{'no-' if value is False else ''}{name.replace('_', '-')}")
+            if not isinstance(value, bool):
+                typed.append(shlex.join(map(str, value if isinstance(value, tuple) else [value])))
+    return " ".join(typed) or "the defaults"
+
+
 def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
     """Claim the folder, say what is about to happen and answer the prompts; False if the run is finished already."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     if not rows.train:
         raise ValueError(f"--data {' '.join(cfg.data)}: no row is left to train on.\n"
@@ -1213,7 +1262,8 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
     report = rows.report_json()
     old = open_folder(run, {"data": {"sha256": rows.fingerprint, **report}, "trainable": learning})
     if old.get("finished"):
-        run.say(f"{run.folder} is finished. Talk to it: uv run chat.py --model {run.folder}; start anew: --overwrite")
+        run.say(f"{run.folder} is finished. Talk to it: uv run chat.py --model {run.folder}\n"
+                "To train it once more: --overwrite, or another folder: --out")
         return False
     about = run.about["model"]
     loaded = sum(p.numel() * p.element_size() for p in gpt.parameters())
@@ -1231,18 +1281,27 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
         "folder": str(run.folder),
     }
     if run.main:
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table = Table("", Column(overflow="fold"), show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in facts.items():
             table.add_row(name, data.visible(value))
-        changed = {k: v for k, v in asdict(cfg).items() if v != getattr(type(cfg)(), k)}
-        table.add_row("settings", data.visible(", ".join(f"{k}={v}" for k, v in changed.items())) or "the defaults")
+        table.add_row("settings", data.visible(flags(cfg, besides=("model", "data", "out", "steps", "batch_size"))))
         run.console.print(table)
         if free and need > free:
             run.say(f"This will hardly fit. Try --micro-batch-tokens {max(cfg.context, cfg.micro_batch_tokens // 2)}, "
                     "--recompute, --lora-rank 8, or a smaller --model.")
     if "before" not in run.about:
+        if cfg.prompts or cfg.checks:
+            run.say("answering prompts and checks before the first step ...")
         run.note(before=assess(gpt, cfg, run))
+    if run.main:
+        show("before training", run.about["before"]["replies"], run)
     return True
+
+
+def show(when: str, talks: list[data.Conversation], run: Run) -> None:
+    """What the model answers, with a heading that says when."""
+    if talks:
+        run.say("\n\n".join([f"\n{when}:", *map(data.transcript, talks)]))
 
 
 def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command: str) -> dict:
@@ -1256,13 +1315,18 @@ def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command:
     with writing(run.folder / "curves.png"):
         plot_curves([run.folder], run.folder / "curves.png")
         write_file(run.folder / "samples.md", _samples(run, before, after))
-    run.note(after=after, metrics=final, finished=True, seconds=round(time.perf_counter() - run.started, 1))
-    for talk in after["replies"]:
-        run.say("\n" + data.transcript(talk))
+    measured = [r for r in (start_of(run.folder), *read_metrics(run.folder)) if "val_loss" in r]
+    best = min(measured, key=lambda r: r["val_loss"], default=None)
+    run.note(after=after, metrics=final, best=best, finished=True)
+    show("after training", after["replies"], run)
     if "checks" in after:
         run.console.print(checks_table(before.get("checks", {}), after["checks"]))
-    shown = [f"{key} {final[key]:.4g}" for key in ("val_loss", "val_reward_accuracy", "loss") if key in final]
-    run.say(f"\n{run.folder}: {', '.join(shown)} after {run.about['seconds']:.0f} s; see its curves.png, samples.md")
+    run.say(f"\ntrained in {run.about['seconds']:,.0f} s, {run.about['seconds'] / cfg.steps:,.3g} s a step all told")
+    if best:
+        accuracy = f", reward accuracy {final['val_reward_accuracy']:.1%}" if "val_reward_accuracy" in final else ""
+        run.say(f"validation loss {final['val_loss']:.4f}{accuracy} (lowest: {best['val_loss']:.4f} after step "
+                f"{best['step']} of {cfg.steps})")
+    run.say(f"in {run.folder}: the model as it was after the last step, curves.png, samples.md, run.json")
     run.say(f"next: {next_command}")
     return metrics
 
@@ -1305,9 +1369,8 @@ def compare(cfg: Compare) -> None:
         records = read_metrics(folder)
         if not records:
             raise ValueError(f"'{folder}' has not come to its first step: its metrics.jsonl is empty")
-        about = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").is_file() else {}
         newest = {k: v for record in records for k, v in record.items()}
-        scores = about.get("after", {}).get("checks", {}).get("all", {})
+        scores = read_about(folder).get("after", {}).get("checks", {}).get("all", {})
         cells = [("step", "{:,}"), ("loss", "{:.4f}"), ("val_loss", "{:.4f}"), ("val_reward_accuracy", "{:.1%}")]
         table.add_row(data.visible(str(folder)),
                       *(form.format(newest[key]) if key in newest else "-" for key, form in cells),

@@ -681,10 +681,10 @@ def test_two_trees_suffice_for_both_sides_and_one_is_trained_on(tmp_path):
 
 def test_the_conversations_behind_validation(tmp_path):
     loaded = data.load_rows([write(tmp_path / "a.jsonl", chats(9))])
-    assert [m["role"] for m in loaded.val_messages[0]] == ["user", "assistant"]
-    assert len(loaded.val_messages) == len(loaded.val)
+    assert [m["role"] for m in data.messages_of(loaded.val[0].ids)] == ["user", "assistant"]
     pairs = write(tmp_path / "p.jsonl", [{"prompt": f"Q {i}", "chosen": "yes", "rejected": "no"} for i in range(9)])
-    assert data.load_pairs([pairs]).val_messages[0][1:] == [assistant("yes")]
+    pair, *_ = data.load_pairs([pairs]).val
+    assert data.messages_of([*pair.prompt, *pair.chosen])[1:] == [assistant("yes")]
 
 
 def test_weights(tmp_path):

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,11 +14,15 @@ import pytest
 import tyro
 
 import data
+import lora
+import model
 import train
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line and line[0] != "#"]
+COMMANDS = list(dict.fromkeys(COMMANDS + re.findall(r"`(uv run [^`]+)`", README)))  # those inside a sentence too
 SNIPPETS = [block for kind, block in BLOCKS if kind == "python"]
 
 
@@ -33,6 +38,10 @@ def test_command_parses(command, monkeypatch, tmp_path):
     assert words[:2] == ["uv", "run"]
     place = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "pytest")
     if words[place] == "pytest":
+        selected = subprocess.run([sys.executable, "-m", *words[place:], "--collect-only", "-q", "-n", "0"], cwd=ROOT,
+                                  capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        chosen = re.search(r"test_\w+\.py: [1-9]", selected.stdout)
+        assert selected.returncode == 0 and chosen, selected.stdout + selected.stderr
         return
     script, args = ROOT / words[place], words[place + 1:]
     assert script.is_file(), f"{script} does not exist"
@@ -42,7 +51,7 @@ def test_command_parses(command, monkeypatch, tmp_path):
         assert parse_args(words[words.index("torchrun") + 1:]).training_script == words[place]
     monkeypatch.syspath_prepend(str(script.parent))
     module = importlib.import_module(script.stem)
-    if script.stem in ("sft", "dpo", "chat", "train", "make"):
+    if script.stem in ("sft", "dpo", "chat", "train", "make", "data"):
         config = module.Compare if script.stem == "train" else module.Config
         if "--config" in args:  # of a run that was made
             monkeypatch.chdir(tmp_path)
@@ -51,8 +60,7 @@ def test_command_parses(command, monkeypatch, tmp_path):
             saved.write_text(json.dumps({"config": dataclasses.asdict(config())}))
         train.command_line(config, getattr(module, "PRESETS", None), args)
     else:
-        positional = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff) if script.stem == "data" else ()
-        tyro.cli(module.Config, args=args, config=positional)
+        tyro.cli(module.Config, args=args)
     sys.modules.pop("run", None)
 
 
@@ -60,14 +68,20 @@ def test_command_parses(command, monkeypatch, tmp_path):
 def test_snippet_runs(snippet, tmp_path, monkeypatch, tiny_model):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "DATA_SETS", dict(data.DATA_SETS))
-    shutil.copytree(tiny_model, tmp_path / "runs" / "dpo")
-    data.save_tokenizer(tmp_path / "runs" / "dpo")
+    for stage in ("sft", "dpo"):
+        shutil.copytree(tiny_model, tmp_path / "runs" / stage)
+        data.save_tokenizer(tmp_path / "runs" / stage)
+    adapted = model.GPT.from_pretrained("runs/sft")
+    lora.add_adapters(adapted, rank=2)
+    lora.save_adapters(adapted, tmp_path / "runs" / "dpo" / "adapter", "runs/sft")
     names: dict = {}
     exec(compile(snippet, "README.md", "exec"), names)
     if "read_dialogs" in names:  # the data set that it adds can be read
         (tmp_path / "d.jsonl").write_text('{"turns": ["Hi", "Hello!"]}\n{"turns": ["Bye", "See you."]}\n')
         rows = data.load_rows(["dialogs:d.jsonl"], val_fraction=0.0).train
         assert "Hello!" in data.text_of(rows[0].ids) + data.text_of(rows[1].ids)
+    if "narrow" in names:
+        assert model.GPT.from_pretrained("runs/narrow").config == names["narrow"]
     if "hinge" in names:
         import torch
 

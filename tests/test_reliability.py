@@ -394,11 +394,11 @@ def slow_save() -> None:
 def start_up() -> None:
     import data
 
-    data.load_rows = lambda *_, **__: print("loading", flush=True) or time.sleep(60)
+    data.load_rows = lambda *_, **__: print("reading rows", flush=True) or time.sleep(60)
 
 
 @pytest.mark.parametrize(("prepare", "sign", "steps"), [(slow_evaluation, "evaluating", [3, 2]),
-                                                        (slow_save, "saving", [1]), (start_up, "loading", [])])
+                                                        (slow_save, "saving", [1]), (start_up, "reading rows", [])])
 def test_a_signal_during(server, uninterrupted, prepare, sign, steps):
     """Evaluation, a save and the start-up: what was due is done by the resumed run, and its line is logged."""
     job = server.jobs["sft full"].but(steps=5)

@@ -476,7 +476,9 @@ def test_curves_are_labelled_and_drawn(finished, tmp_path, monkeypatch):
     assert panels["throughput"].get_ylabel() == "tokens / s" and panels["loss"].get_xlabel() == "step"
     drawn = {line.get_label(): line.get_ydata() for line in panels["loss"].lines}
     assert list(drawn["loss"]) == [r["loss"] for r in records(finished.out)]
-    assert list(drawn["val_loss"]) == [r["val_loss"] for r in records(finished.out) if "val_loss" in r]
+    measured = [train.start_of(finished.out), *records(finished.out)]
+    assert list(drawn["val_loss"]) == [r["val_loss"] for r in measured if "val_loss" in r] and len(measured) > 2
+    assert "val_loss" in measured[0], "what was measured before the first step is the curve's first point"
     picture = image.imread(tmp_path / "one.png")
     assert picture.shape[0] > 300 and picture.std() > 0.05
     assert (Path(finished.out) / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -576,14 +578,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("script", ["sft.py", "dpo.py", "train.py"])
+@pytest.mark.parametrize("script", ["sft.py", "dpo.py", "train.py", "data.py"])
 def test_help_imports_nothing_slow_and_explains_every_flag(script):
     done = subprocess.run([sys.executable, "-c", HELP, script], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"COLUMNS": "400", "NO_COLOR": "1"})
     assert done.returncode == 0, done.stderr
-    config = {"sft.py": sft.Config, "dpo.py": dpo.Config, "train.py": train.Compare}[script]
+    config = {"sft.py": sft.Config, "dpo.py": dpo.Config, "train.py": train.Compare, "data.py": data.Config}[script]
     lines = [line.strip(" │") for line in done.stdout.splitlines()]
-    for name in [f.name for f in fields(config) if f.name != "runs"]:
+    for name in [f.name for f in fields(config) if f.name not in ("runs", "specs")]:
         flag = "--" + name.replace("_", "-")
         at = next(i for i, line in enumerate(lines) if line.startswith(flag + " ") or line.startswith(flag + ","))
         text = " ".join(lines[at:at + 2]) if len(lines[at].split("  ")) == 1 else lines[at]
@@ -662,6 +664,9 @@ def failures(folder, tiny_model, chats):
         "all dropped out": (sft, [*tiny, "--dropout", "1"], 2, ["--dropout"]),
         "beta 0": (dpo, [*tiny, "--beta", "0"], 2, ["--beta"]),
         "every second label": (dpo, [*tiny, "--loss", "robust", "--label-smoothing", "0.5"], 2, ["--label-smoothing"]),
+        "noise": (dpo, [*tiny, "--dropout", "0.1"], 2, ["--dropout", "has to be 0"]),
+        "twice the defaults": (sft, ["--config", "a/run.json", "--preset", "sample"], 2, ["--config", "--preset"]),
+        "a bad check": (sft, [*tiny, "--checks", str(folder / "bad.jsonl")], 2, ["bad.jsonl:1", "facts", "Mend it"]),
         "no run.json": (sft, ["--config", "nowhere/run.json"], 2, ["--config", "nowhere/run.json"]),
         "nothing to compare": (train, [str(folder / "empty")], 2, ["metrics.jsonl", "uv run sft.py"]),
         "a run without steps": (train, [str(folder / "begun")], 2, ["begun", "metrics.jsonl"]),

@@ -39,7 +39,8 @@ class Job:
     def config(self, folder: str | Path, **more):
         usual = {"data": (f"{self.data}/{self.script}.jsonl",), "model": f"{self.data}/model", "context": 96,
                  "prompts": ("Hi",), "reply_tokens": 2, "checks": "", "device": "cpu", "precision": "fp32",
-                 "steps": 8, "batch_size": 6, "micro_batch_tokens": 48, "val_fraction": 0.2, "dropout": 0.1,
+                 "steps": 8, "batch_size": 6, "micro_batch_tokens": 48, "val_fraction": 0.2,
+                 "dropout": 0.1 if self.script == "sft" else 0.0,
                  "eval_every": 3, "save_every": 1, "lr": 1e-2}
         return importlib.import_module(self.script).Config(out=str(folder), **(usual | dict(self.settings) | more))
 
