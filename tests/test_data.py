@@ -1121,6 +1121,17 @@ def test_the_command_line_shows_an_example(tmp_path, capsys):
     assert "assistant\n«Hello<|endoftext|>»‹No<|endoftext|>›" in capsys.readouterr().out
 
 
+def test_the_command_line_shows_a_row_by_its_number(tmp_path, capsys):
+    path = write(tmp_path / "chats.jsonl", [{"messages": [user(f"Hi {i}"), assistant("Hello")]} for i in range(5)])
+    rows = data.load_rows((path,)).train
+    for i in (0, len(rows) - 1):
+        data.main(data.Config((path,), row=i))
+        shown = capsys.readouterr().out
+        assert data.messages_of(rows[i].ids)[0]["content"] in shown and shown.count("<|endoftext|>assistant") == 1
+    with pytest.raises(ValueError, match=f"there are {len(rows)} rows"):
+        data.main(data.Config((path,), row=len(rows)))
+
+
 def test_the_command_line_knows_what_can_only_be_pairs(tmp_path, capsys):
     trees = write(tmp_path / "trees.jsonl", [GOOD])
     hh = write(tmp_path / "hh.jsonl", READERS["hh-rlhf"][1])

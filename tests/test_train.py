@@ -4,8 +4,10 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -604,6 +606,32 @@ def script(module, *args, monkeypatch, capsys):
 
 def is_short(text):
     return "Traceback" not in text and 0 < len([line for line in text.splitlines() if re.search(r"\w", line)]) <= 5
+
+
+def test_the_time_of_a_run_goes_on_over_resumptions(settings, tmp_path, monkeypatch):
+    """Two slow steps, then the process dies; the time that the rest takes is added to theirs."""
+    cfg, step = settings(out=str(tmp_path), steps=4, save_every=1), train._step
+
+    def slow(loss, optimizer, batches, state, *more):
+        if state.step == 2:
+            raise KeyError("died")
+        time.sleep(0.5)
+        return step(loss, optimizer, batches, state, *more)
+
+    monkeypatch.setattr(train, "_step", slow)
+    with pytest.raises(KeyError):
+        sft.main(cfg)
+    monkeypatch.setattr(train, "_step", step)
+    sft.main(cfg)
+    assert train.read_about(tmp_path)["seconds"] > 1.0
+
+
+def test_the_settings_shown_are_those_one_would_type():
+    cfg = sft.Config(fsdp=True, prompts=("What now? | And then?", "Hi"), lr=0.5, bad_rows="skip",
+                     data=("a b.jsonl", "oasst1"))
+    assert train.command_line(sft.Config, None, shlex.split(train.flags(cfg))) == cfg
+    assert train.flags(sft.Config()) == "the defaults"
+    assert train.flags(cfg, besides=("prompts", "data", "fsdp", "bad_rows")) == "--lr 0.5"
 
 
 @pytest.mark.parametrize("args, hint", [
