@@ -49,9 +49,9 @@ class Job:
 
 
 def make_data(folder: Path) -> None:
-    """A random model 8 wide, 37 conversations and 29 pairs: steps of 6 cross the ends of epochs.
+    """Two random models 8 wide, 37 conversations and 29 pairs: steps of 6 cross the ends of epochs.
 
-    Most words share a row of the head, as in the bundled model: with LoRA those are computed once.
+    In one, for LoRA, most words share a row of the head, as in the bundled model: those are computed once.
     """
     import torch
 
@@ -60,9 +60,10 @@ def make_data(folder: Path) -> None:
 
     torch.manual_seed(0)
     gpt = model.GPT(model.GPTConfig(n_positions=96, n_embd=8, n_layer=2, n_head=2))
+    gpt.save_pretrained(folder / "model")
     with torch.no_grad():
         gpt.wte.weight[10_000:-1] = gpt.wte.weight[10_000].clone()
-    gpt.save_pretrained(folder / "model")
+    gpt.save_pretrained(folder / "equal-rows")
     data.save_tokenizer(folder / "tokenizer")
     chats = [{"messages": [{"role": "user", "content": f"question {i}" + " word" * (i % 9)},
                            {"role": "assistant", "content": f"reply {i % 7}"}]} for i in range(37)]
@@ -74,7 +75,7 @@ def make_data(folder: Path) -> None:
 
 def all_jobs(folder: Path) -> dict[str, Job]:
     """SFT and DPO, all weights and LoRA; dropout is on, and a step has several micro-batches."""
-    lora = (("lora_rank", 2), ("lora_dropout", 0.1))
+    lora = (("model", f"{folder}/equal-rows"), ("lora_rank", 2), ("lora_dropout", 0.1))
     return {f"{script} {name}": Job(script, settings, str(folder)) for script in ("sft", "dpo")
             for name, settings in (("full", (("lora_rank", 0),)), ("lora", lora))}
 
