@@ -105,10 +105,15 @@ class Settings:
 MAY_DIFFER = {"overwrite", "debug", "config", "preset", "tracker", "save_every", "keep", "out"}
 
 
+def option(setting: str) -> str:
+    """The flag of a setting, as one types it."""
+    return "--" + setting.replace("_", "-")
+
+
 def command_line(config: type, presets: dict[str, dict] | None = None, args: list[str] | None = None):
     """The script's Config from its flags: --preset and --config change the defaults, every other flag one value."""
     args = sys.argv[1:] if args is None else args
-    known = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(config)}
+    known = {option(f.name) for f in dataclasses.fields(config)}
     for flag in (arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")):
         if flag[2:] and flag.replace("--no-", "--", 1) not in known | {"--help"} and not flag.startswith("--tyro-"):
             near = difflib.get_close_matches(flag, sorted(known), n=1)
@@ -242,7 +247,7 @@ class Run:
         self.dtype = pick_precision(cfg.precision, self.device)
         self.signal = 0
         self.training = False  # in the loop
-        self.bar = False  # a progress bar is on the screen
+        self.bar = None  # the rich.progress.Progress that is on the screen
         self.about: dict = {}
         # words wrap in a window, and nothing does in a pipe; names and replies are text, brackets or not
         terminal = sys.stdout.isatty()
@@ -257,7 +262,7 @@ class Run:
 
         for name, (fine, wanted) in self.cfg.limits().items():
             if not fine:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self.cfg, name)}; it has to be {wanted}")
+                raise ValueError(f"{option(name)} is {getattr(self.cfg, name)}; it has to be {wanted}")
         if self.cfg.batch_size < self.world:
             raise ValueError(f"--batch-size {self.cfg.batch_size} is too few for {self.world} processes")
         if "RANK" in os.environ and not torch.distributed.is_initialized():
@@ -750,7 +755,7 @@ def open_folder(run: Run, about: dict) -> dict:
 
 def _differences(old: dict, new: dict) -> list[str]:
     new = json.loads(json.dumps(new))  # tuples become lists, as in the file
-    pairs = [(f"--{k.replace('_', '-')}", old.get("config", {}).get(k), v)
+    pairs = [(option(k), old.get("config", {}).get(k), v)
              for k, v in new["config"].items() if k not in MAY_DIFFER]
     pairs += [("stage", old.get("stage"), new["stage"]),
               ("data (sha256)", old.get("data", {}).get("sha256"), new.get("data", {}).get("sha256")),
@@ -809,16 +814,14 @@ class Log:
             write_file(self.path, "".join(json.dumps(r) + "\n" for r in records if r and r["step"] < state.step))
             self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self.tracker = _tracker(run) if run.main else None
-        self.bar = None
         if run.main and run.console.is_interactive and sys.stdout.isatty():
             whole, folded = Column(no_wrap=True), Column(overflow="fold")
-            self.bar = Progress(TextColumn("step", table_column=whole), MofNCompleteColumn(table_column=whole),
-                                BarColumn(bar_width=8), TimeRemainingColumn(compact=True, table_column=whole),
-                                Latest("", table_column=folded), console=run.console,
-                                speed_estimate_period=3600)  # a step may take a minute
-            self.task = self.bar.add_task("", total=run.cfg.steps, completed=state.step)
-            self.bar.start()
-            run.bar = True
+            run.bar = Progress(TextColumn("step", table_column=whole), MofNCompleteColumn(table_column=whole),
+                               BarColumn(bar_width=8), TimeRemainingColumn(compact=True, table_column=whole),
+                               Latest("", table_column=folded), console=run.console,
+                               speed_estimate_period=3600)  # a step may take a minute
+            self.task = run.bar.add_task("", total=run.cfg.steps, completed=state.step)
+            run.bar.start()
 
     def write(self, record: dict) -> None:
         if not self.run.main:
@@ -829,19 +832,19 @@ class Log:
         if self.tracker:
             self.tracker(record)
         self.latest |= record  # so that the bar goes on showing the last validation
-        if self.bar:
-            self.bar.update(self.task, description=summary(self.latest))
+        if self.run.bar:
+            self.run.bar.update(self.task, description=summary(self.latest))
         else:
             self.run.say(f"step {record['step']:>5}/{self.run.cfg.steps}  {summary(record)}")
 
     def advance(self, step: int) -> None:
-        if self.bar:
-            self.bar.update(self.task, completed=step)
+        if self.run.bar:
+            self.run.bar.update(self.task, completed=step)
 
     def close(self) -> None:
-        if self.bar:
-            self.run.bar = False
-            self.bar.stop()
+        if self.run.bar:
+            self.run.bar.stop()
+            self.run.bar = None
         if self.run.main:
             with contextlib.suppress(OSError):  # of a full disk, which has been reported
                 self.file.close()
@@ -872,6 +875,11 @@ def start_of(folder: Path) -> dict:
     """What was measured before the first step, as a record of step 0."""
     before = read_about(folder).get("before", {})
     return {"step": 0} | {key: value for key, value in before.items() if key.startswith("val_")}
+
+
+def history(folder: Path) -> list[dict]:
+    """All that was measured of a run, step 0 included."""
+    return [start_of(folder), *read_metrics(folder)]
 
 
 def summary(record: dict) -> str:
@@ -924,7 +932,7 @@ def plot_curves(folders: list[Path], path: Path) -> None:
 
     whole = [Path(f).absolute() for f in folders]
     shared = os.path.commonpath(whole) if len({f.name for f in whole}) < len(whole) else ""
-    runs = {os.path.relpath(f, shared) if shared else f.name: [start_of(f), *read_metrics(f)] for f in whole}
+    runs = {os.path.relpath(f, shared) if shared else f.name: history(f) for f in whole}
     held = [{key for record in records for key in record} for records in runs.values()]
     # one panel of throughput: pairs where all the runs have them, else tokens, which all have
     hidden = "tokens_per_second" if all("pairs_per_second" in keys for keys in held) else "pairs_per_second"
@@ -1153,7 +1161,7 @@ def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch],
 def look_at(cfg: Settings, row: int | None = None) -> str:
     """The command that shows what the data of a run becomes, or one row of it."""
     shared = ("context", "val_fraction", "seed", "bad_rows")
-    changed = [f"--{name.replace('_', '-')} {getattr(cfg, name)}" for name in shared
+    changed = [f"{option(name)} {getattr(cfg, name)}" for name in shared
                if getattr(cfg, name) != getattr(Settings, name)]
     changed += [f"--row {row}"] * (row is not None)
     return " ".join(["uv run data.py", shlex.join(cfg.data), *["--pairs"] * (cfg.row_name == "pairs"), *changed])
@@ -1242,10 +1250,10 @@ def _step(loss, optimizer, train_batches, state: State, cfg: Settings, run: Run)
 
 def flags(cfg: Settings, besides: tuple[str, ...] = ()) -> str:
     """The settings that are not the script's defaults, as one would type them."""
-    typed = []
+    typed, defaults = [], type(cfg)()
     for name, value in asdict(cfg).items():
-        if name not in besides and value != getattr(type(cfg)(), name):
-            typed.append(f"--{'no-' if value is False else ''}{name.replace('_', '-')}")
+        if name not in besides and value != getattr(defaults, name):
+            typed.append(option(f"no-{name}" if value is False else name))
             if not isinstance(value, bool):
                 typed.append(shlex.join(map(str, value if isinstance(value, tuple) else [value])))
     return " ".join(typed) or "the defaults"
@@ -1315,7 +1323,7 @@ def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command:
     with writing(run.folder / "curves.png"):
         plot_curves([run.folder], run.folder / "curves.png")
         write_file(run.folder / "samples.md", _samples(run, before, after))
-    measured = [r for r in (start_of(run.folder), *read_metrics(run.folder)) if "val_loss" in r]
+    measured = [r for r in history(run.folder) if "val_loss" in r]
     best = min(measured, key=lambda r: r["val_loss"], default=None)
     run.note(after=after, metrics=final, best=best, finished=True)
     show("after training", after["replies"], run)

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import terminals
 
 import chat
 import data
@@ -84,9 +85,7 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     editor = folder / "editor"
     editor.write_text("#!/bin/sh\necho 'from the editor' > $1\n")
     editor.chmod(0o700)
-    kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES", "LANG", "LC_ALL")}
-    return kept | {"TERM": "xterm-256color", "XDG_STATE_HOME": str(folder / "state"), "OMP_NUM_THREADS": "1",
-                   "LC_ALL": "C.UTF-8", "VISUAL": str(editor)} | more
+    return terminals.environment(**{"XDG_STATE_HOME": str(folder / "state"), "VISUAL": str(editor)} | more)
 
 
 CHAT = [sys.executable, str(ROOT / "chat.py")]

@@ -4,7 +4,6 @@ Starting a script costs seconds of importing torch, so a few are started once, a
 """
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,18 +14,13 @@ import pytest
 
 pexpect = pytest.importorskip("pexpect", reason="pseudo-terminals need Unix")
 import pyte  # noqa: E402
+from terminals import environment  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 COLOURS = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|38|9[0-7])(?:;\d+)*m")
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 CHATS = [[{"role": "user", "content": f"What is {i} and {i}?"}, {"role": "assistant", "content": f"It is {2 * i}."}]
          for i in range(24)]
-
-
-def environment(**more: str) -> dict[str, str]:
-    unwanted = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "LANG", "LC_ALL", "TERM")
-    kept = {k: v for k, v in os.environ.items() if k not in unwanted}
-    return kept | {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"} | more
 
 
 class Terminal:

@@ -478,7 +478,7 @@ def test_curves_are_labelled_and_drawn(finished, tmp_path, monkeypatch):
     assert panels["throughput"].get_ylabel() == "tokens / s" and panels["loss"].get_xlabel() == "step"
     drawn = {line.get_label(): line.get_ydata() for line in panels["loss"].lines}
     assert list(drawn["loss"]) == [r["loss"] for r in records(finished.out)]
-    measured = [train.start_of(finished.out), *records(finished.out)]
+    measured = train.history(finished.out)
     assert list(drawn["val_loss"]) == [r["val_loss"] for r in measured if "val_loss" in r] and len(measured) > 2
     assert "val_loss" in measured[0], "what was measured before the first step is the curve's first point"
     picture = image.imread(tmp_path / "one.png")
