@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import chain, combinations, islice, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tiktoken
 import tyro
@@ -239,11 +239,16 @@ def without_oldest(messages: Conversation, room: int, reply: bool = False,
 class Row:
     """One conversation to learn from, at most `context` tokens of it."""
 
-    ids: np.ndarray     # (T,) int32
-    mask: np.ndarray    # (T,) bool: ids[t] is a target
+    ids: np.ndarray             # (T,) int32
+    mask: np.ndarray            # (T,) bool: ids[t] is a target
+    opening: str | None = None  # the name of its first message, if it is a thread of a conversation tree
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def texts(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """[(tokens, which of them are targets)]: what is to be computed."""
+        return [(self.ids, np.flatnonzero(self.mask[1:]) + 1)]      # nothing predicts a row's first token
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -257,90 +262,176 @@ class Pair:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
+    def texts(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """[(tokens, which of them are targets)] of the chosen and of the rejected reply, each after the prompt."""
+        return [(np.concatenate([self.prompt, reply]), np.arange(len(self.prompt), len(self.prompt) + len(reply)))
+                for reply in (self.chosen, self.rejected)]
+
+
+class Span(NamedTuple):
+    """Some of a batch's tokens, which attend causally to one another and wholly to the prefix before them."""
+
+    tokens: int
+    prefix: tuple[tuple[int, int], ...]     # ((n, k), ..): the first k tokens of the batch's span n, and so on
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Rows laid end to end, N tokens without padding, with M targets.
 
-    A span is (start, end, prefix_start, prefix_end): tokens[start:end] attend causally to one another and wholly to
-    tokens[prefix_start:prefix_end], which is empty for plain rows. A pair is two spans: prompt and chosen reply, then
-    the rejected reply with the prompt as its prefix, so the prompt is computed once for both.
+    What texts have in common from their start is there once: a prompt for all its replies, the beginning of a tree for
+    all its threads, and a reply for all the pairs it is in. Each text is a span, and what it shares is its prefix.
     """
 
     tokens: np.ndarray      # (N,) int64
-    positions: np.ndarray   # (N,) int64: 0, 1, .. in each row; a rejected reply goes on from its prompt's end
-    spans: tuple[tuple[int, int, int, int], ...]
+    positions: np.ndarray   # (N,) int64: in the token's own row
+    spans: tuple[Span, ...]
     index: np.ndarray       # (M,) int64: the token after which targets[m] comes
-    targets: np.ndarray     # (M,) int64
-    reply: np.ndarray       # (M,) int64: the reply that targets[m] belongs to; of pair i, 2i is chosen, 2i + 1 rejected
-    replies: int
+    targets: np.ndarray     # (M,) int64, text by text
+    text: np.ndarray        # (M,) int64: the text that targets[m] belongs to
+    texts: int
+    pairs: np.ndarray       # (R, 2) int64: the texts of each pair's chosen and rejected reply; (0, 2) if rows are none
     rows: np.ndarray        # (R,) int64: which rows of the data set these are
+    row_tokens: int         # in all these rows, what they share counted for each
+
+
+WORTH_SHARING = 16  # tokens: less than that is computed sooner than split off
+
+
+def shared_beginnings(texts: Sequence[np.ndarray]) -> Iterator[tuple[int, int]]:
+    """(which text, how many of its first tokens the text before it has too), in an order that makes these many.
+
+    Sorted by their bytes, texts that begin alike lie side by side. One token at least is a text's own.
+    """
+    before = np.zeros(0, np.int32)
+    for n in sorted(range(len(texts)), key=lambda n: texts[n].tobytes()):
+        length = min(len(before), len(texts[n]) - 1)
+        differing = np.flatnonzero(texts[n][:length] != before[:length])
+        shared = int(differing[0]) if len(differing) else length
+        yield n, shared if shared >= WORTH_SHARING else 0
+        before = texts[n]
+
+
+def different_texts(rows: Iterable[Row | Pair]) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[list[int]]]:
+    """All texts of these rows, and which of them each row has. Replies of pairs are there once, rows as often as here.
+
+    For of a pair the loss is of two replies together, and of a row it is its own, twice if the row is there twice.
+    """
+    texts, numbers, members = [], {}, []
+    for row in rows:
+        members.append([])
+        for ids, learnt in row.texts():
+            key = (ids.tobytes(), len(learnt)) if isinstance(row, Pair) else len(texts)
+            members[-1].append(numbers.setdefault(key, len(texts)))
+            if members[-1][-1] == len(texts):
+                texts.append((ids, learnt))
+    return texts, members
 
 
 def pack(rows: Sequence[Row | Pair], indices: Iterable[int]) -> Batch:
     """The rows of these indices as one batch."""
     indices = [int(i) for i in indices]
-    tokens, positions, spans, index, targets, reply = [], [], [], [], [], []
-    start = replies = 0
-    for row in (rows[i] for i in indices):
-        if isinstance(row, Pair):
-            prompt, chosen, rejected = len(row.prompt), len(row.chosen), len(row.rejected)
-            second = start + prompt + chosen
-            tokens += [row.prompt, row.chosen, row.rejected]
-            positions += [np.arange(prompt + chosen), np.arange(prompt, prompt + rejected)]
-            spans += [(start, second, start, start), (second, second + rejected, start, start + prompt)]
-            last = start + prompt - 1   # the prompt's last token, which predicts the first of either reply
-            index += [np.arange(last, last + chosen), [last], np.arange(second, second + rejected - 1)]
-            targets += [row.chosen, row.rejected]
-            reply += [np.full(chosen, replies), np.full(rejected, replies + 1)]
-            replies += 2
-        else:
-            learnt = np.flatnonzero(row.mask[1:]) + 1   # nothing predicts a row's first token
-            tokens.append(row.ids)
-            positions.append(np.arange(len(row)))
-            spans.append((start, start + len(row), start, start))
-            index.append(start + learnt - 1)
-            targets.append(row.ids[learnt])
-            reply.append(np.full(len(learnt), replies))
-            replies += 1
-        start += len(row)
+    texts, members = different_texts(rows[i] for i in indices)
+    tokens, positions, spans = [], [], []
+    index, targets = ([np.zeros(0)] * len(texts) for _ in range(2))
+    place, prefix, start = np.zeros(0, np.int64), (), 0     # of the text before: each token's place, and its spans
+    for n, shared in shared_beginnings([ids for ids, _ in texts]):
+        ids, learnt = texts[n]
+        prefix = first(shared, prefix)
+        spans.append(Span(len(ids) - shared, prefix))
+        prefix += ((len(spans) - 1, len(ids) - shared),)
+        place = np.concatenate([place[:shared], np.arange(start, start + len(ids) - shared)])
+        start += len(ids) - shared
+        tokens.append(ids[shared:])
+        positions.append(np.arange(shared, len(ids)))
+        index[n], targets[n] = place[learnt - 1], ids[learnt]
+    text = [np.full(len(learnt), n) for n, (_, learnt) in enumerate(texts)]
     flat = [np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
-            for parts in (tokens, positions, index, targets, reply)]
-    return Batch(flat[0], flat[1], tuple(spans), *flat[2:], replies, np.array(indices, np.int64))
+            for parts in (tokens, positions, index, targets, text)]
+    pairs = [both for both in members if len(both) == 2]
+    return Batch(flat[0], flat[1], tuple(spans), *flat[2:], len(texts),
+                 np.array(pairs, np.int64).reshape(-1, 2), np.array(indices, np.int64),
+                 sum(len(rows[i]) for i in indices))
+
+
+def first(tokens: int, spans: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """The first so many tokens of these spans."""
+    kept = []
+    for n, length in spans:
+        if tokens > 0:
+            kept.append((n, min(length, tokens)))
+        tokens -= length
+    return tuple(kept)
+
+
+def computed(rows: Iterable[Row | Pair]) -> int:
+    """The tokens of a batch of these rows."""
+    texts = [ids for ids, _ in different_texts(rows)[0]]
+    return sum(len(texts[n]) - shared for n, shared in shared_beginnings(texts))
+
+
+def families(rows: Sequence[Row | Pair]) -> list[list[int]]:
+    """Which rows belong together because they begin alike: the threads of one tree, the pairs of one prompt."""
+    found = defaultdict(list)
+    for n, row in enumerate(rows):
+        found[row.prompt.tobytes() if isinstance(row, Pair) else row.opening or n].append(n)
+    return list(found.values())
+
+
+def groups(rows: Sequence[Row | Pair], indices: Iterable[int], token_budget: int) -> list[tuple[int, list[int]]]:
+    """(tokens, rows) that are computed together, largest first: families, halved until they fit the budget."""
+    indices, parts = [int(i) for i in indices], []
+    todo = [[indices[n] for n in family] for family in families([rows[i] for i in indices])]
+    while todo:
+        members = todo.pop()
+        size, half = computed(rows[i] for i in members), len(members) // 2
+        if half and size > token_budget:
+            todo += [members[:half], members[half:]]
+        else:
+            parts.append((size, members))
+    return sorted(parts, key=lambda part: -part[0])
 
 
 def micro_batches(rows: Sequence[Row | Pair], indices: Iterable[int], token_budget: int) -> list[Batch]:
     """The rows of a step in batches of at most `token_budget` tokens each (a single row may have more).
 
-    As few and as even as can be had cheaply: longest rows first, each into the batch that has the fewest tokens, and
+    As few and as even as can be had cheaply: largest groups first, each into the batch that has the fewest tokens, and
     again with more batches if that overflows.
     """
-    longest_first = sorted((int(i) for i in indices), key=lambda i: -len(rows[i]))
-    total = sum(min(len(rows[i]), token_budget) for i in longest_first)
-    count = max(math.ceil(total / token_budget), sum(len(rows[i]) > token_budget / 2 for i in longest_first))
-    while longest_first:
+    largest_first = groups(rows, indices, token_budget)
+    total = sum(min(size, token_budget) for size, _ in largest_first)
+    count = max(math.ceil(total / token_budget), sum(size > token_budget / 2 for size, _ in largest_first))
+    while largest_first:
         bins = [(0, b, []) for b in range(count)]      # a heap: the emptiest comes first
-        for i in longest_first:
-            size, b, members = bins[0]
-            heapq.heapreplace(bins, (size + len(rows[i]), b, [*members, i]))
+        for size, members in largest_first:
+            filled, b, others = bins[0]
+            heapq.heapreplace(bins, (filled + size, b, others + members))
         if all(size <= token_budget or len(members) == 1 for size, _, members in bins):
             return [pack(rows, members) for _, _, members in sorted(bins, key=lambda bin: bin[1]) if members]
         count += 1 + count // 32
     return []
 
 
-@lru_cache(maxsize=4)
-def _epoch(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(n)
+class Order:
+    """The rows of each step, by seed and step alone: nothing has to be saved to resume.
 
-
-def order(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """(batch_size,) row indices of a step, a pure function of its arguments: nothing has to be saved to resume.
-
-    An endless stream of epochs, each a shuffle by (seed, epoch) that visits every row once; steps may cross epochs.
+    An endless stream of epochs, each of which visits every row once; steps may cross epochs. An epoch shuffles the
+    families, so that rows that begin alike come one after another and what they share is computed once. Ouyang et al.
+    2022 (https://arxiv.org/abs/2203.02155, section 3.5) keep all comparisons of a prompt together for the same reason.
     """
-    at = np.arange(step * batch_size, (step + 1) * batch_size)
-    return np.array([_epoch(n, seed, int(p) // n)[p % n] for p in at], np.int64)
+
+    def __init__(self, rows: Sequence[Row | Pair], batch_size: int, seed: int):
+        self.families, self.rows, self.batch_size, self.seed = families(rows), len(rows), batch_size, seed
+        self.epoch = lru_cache(maxsize=2)(self.shuffled)
+
+    def shuffled(self, epoch: int) -> list[int]:
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.families))
+        return [row for n in order for row in self.families[n]]
+
+    def __call__(self, step: int) -> np.ndarray:
+        """(batch_size,) indices."""
+        at = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return np.array([self.epoch(p // self.rows)[p % self.rows] for p in at], np.int64)
 
 
 # ---- what readers read and how they refuse -------------------------------------------------------
@@ -958,7 +1049,7 @@ def build_row(thread: Thread, encoded: dict, count: Count, context: int, seen: s
     if not any(learn):
         raise Drop(thread.cut or "every reply is learnt in another row")
     ids, mask = render(messages, learn, encoded=encoded)
-    row = Row(ids[:context], mask[:context])
+    row = Row(ids[:context], mask[:context], keys[0] if keys else None)
     if not row.mask.any():
         raise Drop("no reply within the context")
     seen.update(key for key, used in zip(keys or (), learn, strict=False) if used)

@@ -87,6 +87,9 @@ PRESETS = {
 # ---- the losses ----------------------------------------------------------------------------------
 
 
+Pair = tuple["torch.Tensor", "torch.Tensor"]  # log-probabilities of the tokens of the chosen and the rejected reply
+
+
 class Replies(NamedTuple):
     """One side of the pairs; each (pairs,)."""
 
@@ -156,22 +159,25 @@ LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "cdpo": cdpo, "robust": robust, "lengt
           "simpo": simpo}
 
 
-def dpo_loss(gpt, batch, reference: dict[int, torch.Tensor], cfg: Config) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """The chosen loss over a batch of pairs, and the implicit rewards; `reference[row]` has the row's log pi_ref."""
-    logprobs = gpt.target_logprobs(batch)                                      # (M,) over both replies of each pair
-    frozen = torch.cat([torch.empty(0), *(reference[int(row)] for row in batch.rows)]).to(logprobs)
-
-    def side(which: int) -> Replies:
-        """Replies 2i are chosen, 2i + 1 rejected: sum their tokens."""
-        sums = torch.zeros(3, batch.replies, device=logprobs.device)
-        sums = sums.index_add(1, batch.reply, torch.stack([logprobs, frozen, torch.ones_like(frozen)]))
-        return Replies(*sums[:, which::2])
-
-    chosen, rejected = side(0), side(1)
+def dpo_loss(gpt, batch, reference: dict[int, Pair], cfg: Config) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """The chosen loss over a batch of pairs, and the implicit rewards; `reference[row]` is the pair's log pi_ref."""
+    logprobs = gpt.target_logprobs(batch)                                      # (M,) over all tokens of all replies
+    frozen = torch.cat([torch.empty(0), *in_order(reference, batch)]).to(logprobs)
+    sums = torch.zeros(3, batch.texts, device=logprobs.device)                 # of each reply
+    sums = sums.index_add(1, batch.text, torch.stack([logprobs, frozen, torch.ones_like(frozen)]))
+    chosen, rejected = (Replies(*sums[:, side]) for side in batch.pairs.T)     # a reply may be in several pairs
     loss = LOSSES[cfg.loss](chosen, rejected, cfg)                             # (pairs,)
     if cfg.nll:  # Pang et al. 2024, https://arxiv.org/abs/2404.19733, equation 1
         loss = loss - cfg.nll * chosen.policy / chosen.length
     return loss.sum(), torch.tensor(len(loss)), metrics(logprobs.detach(), frozen, batch, chosen, rejected, cfg)
+
+
+def in_order(reference: dict[int, Pair], batch) -> list[torch.Tensor]:
+    """log pi_ref of the batch's texts, one after another."""
+    found = {}
+    for row, pair in zip(batch.rows, batch.pairs.tolist(), strict=True):
+        found |= dict(zip(pair, reference[int(row)], strict=True))
+    return [found[text] for text in range(batch.texts)]
 
 
 def metrics(logprobs, frozen, batch, chosen: Replies, rejected: Replies, cfg: Config) -> dict[str, torch.Tensor]:
@@ -182,8 +188,8 @@ def metrics(logprobs, frozen, batch, chosen: Replies, rejected: Replies, cfg: Co
     takes the exponential of a log-ratio, and explodes on rejected replies, which the policy would not write.)
     """
     up, down = cfg.beta * chosen.logratio.detach(), cfg.beta * rejected.logratio.detach()
-    k2 = torch.zeros(batch.replies, device=frozen.device).index_add(0, batch.reply, (logprobs - frozen) ** 2 / 2)
-    kl = (k2[0::2] + k2[1::2]) / (chosen.length + rejected.length)
+    k2 = torch.zeros(batch.texts, device=frozen.device).index_add(0, batch.text, (logprobs - frozen) ** 2 / 2)
+    kl = k2[batch.pairs].sum(1) / (chosen.length + rejected.length)
     return {"reward_accuracy": (up > down).sum(), "reward_margin": (up - down).sum(), "chosen_reward": up.sum(),
             "rejected_reward": down.sum(), "kl": kl.sum()}
 
@@ -191,8 +197,7 @@ def metrics(logprobs, frozen, batch, chosen: Replies, rejected: Replies, cfg: Co
 # ---- the reference -------------------------------------------------------------------------------
 
 
-def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config,
-                       run: Run) -> dict[int, torch.Tensor]:
+def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config, run: Run) -> dict[int, Pair]:
     """log pi_ref of every target of the pairs this process will see, computed once and before the loop.
 
     The reference is the model before training: adapters off, dropout off, no second model in memory. A run that is
@@ -211,11 +216,13 @@ def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config,
         with torch.no_grad(), lora.adapters_disabled(gpt), run.autocast():
             for batch in data.micro_batches(rows, sorted(seen), cfg.micro_batch_tokens):
                 logprobs = gpt.target_logprobs(to_device(batch, run.device)).float().cpu()
-                sizes = [len(rows[row].chosen) + len(rows[row].rejected) for row in batch.rows]
-                table |= {str(row): part.clone() for row, part in zip(batch.rows, logprobs.split(sizes), strict=True)}
+                texts = logprobs.split(torch.from_numpy(batch.text).bincount(minlength=batch.texts).tolist())
+                table |= {str(row): torch.cat([texts[chosen], texts[rejected]])
+                          for row, (chosen, rejected) in zip(batch.rows, batch.pairs, strict=True)}
         with writing(path, sum(4 * len(logprobs) for logprobs in table.values())), whole_file(path) as temporary:
             save_file(table, temporary, metadata={"sha256": fingerprint(table)})
-    return {int(row): logprobs for row, logprobs in table.items()}
+    return {int(row): both.split([len(rows[int(row)].chosen), len(rows[int(row)].rejected)])
+            for row, both in table.items()}
 
 
 def read_table(path: Path) -> dict[str, torch.Tensor]:

@@ -274,30 +274,28 @@ def sees_up_to_itself(queries: int, keys: int, device) -> Tensor:
 class Packed:
     """Causal attention inside each of the spans of tokens that lie end to end in one packed row of N.
 
-    A span (start, end, prefix_start, prefix_end) also sees all of its prefix, tokens of the span before it: two
-    replies to one prompt are computed with the prompt only once, and each gives it its gradient.
+    A span also sees all of its prefix, the first tokens of spans before it (see `data.Span`): two replies to one prompt
+    are computed with the prompt only once, and each gives it its gradient.
     """
 
     def __init__(self, spans):
         self.spans, self.masks = spans, {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        lengths = [end - start for start, end, _, _ in self.spans]
+        lengths = [span.tokens for span in self.spans]
         # split, not slices: the gradient of N-wide slices would be as many N-wide tensors of zeros
         q, k, v = (z.split(lengths, dim=2) for z in (q, k, v))                 # tuples of (1, H, T, D)
         mixed = []
-        for i, (start, end, prefix_start, prefix_end) in enumerate(self.spans):
-            if prefix_start == prefix_end:
+        for i, span in enumerate(self.spans):
+            if not span.prefix:
                 mixed.append(causal_attention(layer, q[i], k[i], v[i], dropout))
                 continue
-            offset = self.spans[i - 1][0]
-            prefix = slice(prefix_start - offset, prefix_end - offset)
-            keys = torch.cat([k[i - 1][:, :, prefix], k[i]], dim=2)
-            values = torch.cat([v[i - 1][:, :, prefix], v[i]], dim=2)
+            keys, values = (torch.cat([*(z[n][:, :, :tokens] for n, tokens in span.prefix), z[i]], dim=2)
+                            for z in (k, v))
             if i not in self.masks:  # in the first layer, for all of them
-                self.masks[i] = sees_up_to_itself(end - start, keys.shape[2], keys.device)
-            mask = self.masks[i]
-            mixed.append(F.scaled_dot_product_attention(q[i], keys, values, attn_mask=mask, dropout_p=dropout))
+                self.masks[i] = sees_up_to_itself(span.tokens, keys.shape[2], keys.device)
+            mixed.append(F.scaled_dot_product_attention(q[i], keys, values, attn_mask=self.masks[i],
+                                                        dropout_p=dropout))
         return torch.cat(mixed, dim=2)
 
 

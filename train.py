@@ -30,6 +30,7 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -1054,31 +1055,33 @@ class Sums:
 
 def means(totals: dict[str, float]) -> dict[str, float]:
     count = max(totals["count"], 1.0)
-    return {key: value / count for key, value in totals.items() if key not in ("count", "positions")}
+    return {key: value / count for key, value in totals.items() if key not in ("count", "row_tokens")}
 
 
 def without_targets(batch: data.Batch) -> data.Batch:
     """The batch with nothing to learn from: what a process computes while others are busy with more."""
-    return replace(batch, index=batch.index[:0], targets=batch.targets[:0], reply=batch.reply[:0],
-                   rows=batch.rows[:0], replies=0)
+    return replace(batch, index=batch.index[:0], targets=batch.targets[:0], text=batch.text[:0],
+                   rows=batch.rows[:0], pairs=batch.pairs[:0], texts=0, row_tokens=0)
 
 
 def step_batches(rows: data.Data, cfg: Settings, run: Run):
     """batches(step, budget): this process's micro-batches of a step, which depends on (seed, step) alone."""
 
+    order = data.Order(rows.train, cfg.batch_size, cfg.seed)
+
     def batches(step: int, budget: int) -> list[data.Batch]:
-        return _share(rows.train, data.order(len(rows.train), cfg.batch_size, cfg.seed, step), budget, cfg, run)
+        return _share(rows.train, order(step), budget, cfg, run)
 
     return batches
 
 
 def _share(rows: list, indices, budget: int, cfg: Settings, run: Run) -> list[data.Batch]:
     """This process's micro-batches: one at least, and under FSDP, whose gathers are collective, as many as any has."""
-    by_length = sorted(indices, key=lambda i: len(rows[i]))
-    shares = {rank: data.micro_batches(rows, by_length[rank::run.world], budget)
+    by_size = [members for _, members in data.groups(rows, indices, budget)]
+    shares = {rank: data.micro_batches(rows, chain(*by_size[rank::run.world]), budget)
               for rank in (range(run.world) if cfg.fsdp else [run.rank])}
     missing = max(1, *map(len, shares.values())) - len(shares[run.rank])
-    return shares[run.rank] + [without_targets(data.pack(rows, by_length[:1]))] * missing
+    return shares[run.rank] + [without_targets(data.pack(rows, by_size[-1][:1]))] * missing
 
 
 def validation_batches(rows: data.Data, cfg: Settings, run: Run) -> list[data.Batch]:
@@ -1086,7 +1089,7 @@ def validation_batches(rows: data.Data, cfg: Settings, run: Run) -> list[data.Ba
     first, count = len(rows.train), min(len(rows.val), cfg.val_rows)
     if not count:
         return []
-    chosen = first + data.order(len(rows.val), count, cfg.seed, step=0)
+    chosen = first + data.Order(rows.val, count, cfg.seed)(step=0)
     return _share(rows.train + rows.val, chosen, cfg.micro_batch_tokens, cfg, run)
 
 
@@ -1211,7 +1214,7 @@ def _step(loss, optimizer, train_batches, state: State, cfg: Settings, run: Run)
             with run.autocast():
                 total, count, metrics = loss(to_device(batch, run.device))
             total.backward()
-        sums.add(total, count, metrics | {"positions": torch.tensor(float(len(batch.tokens) * bool(len(batch.rows))))})
+        sums.add(total, count, metrics | {"row_tokens": torch.tensor(float(batch.row_tokens))})
         if i < len(batches) - 1:
             try:
                 run.stop_point(together=False)
@@ -1236,11 +1239,11 @@ def _step(loss, optimizer, train_batches, state: State, cfg: Settings, run: Run)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    state.tokens += int(totals["positions"])
+    state.tokens += int(totals["row_tokens"])
     seconds = time.perf_counter() - began
     # padding is 0 by construction: rows lie end to end
     return {"step": state.step, "lr": lr, "grad_norm": norm, "tokens": state.tokens,
-            "tokens_per_second": totals["positions"] / seconds, "padding": 0.0,
+            "tokens_per_second": totals["row_tokens"] / seconds, "padding": 0.0,
             f"{cfg.row_name}_per_second": cfg.batch_size / seconds,
             "peak_memory_bytes": peak_memory(run.device), **means(totals)}
 

@@ -438,8 +438,9 @@ def documents_loss(gpt, batch, unused: int) -> tuple[torch.Tensor, torch.Tensor,
     """
     tokens, positions = batch.tokens, batch.positions
     if gpt.training:  # rows are shorter than the context: start each anywhere, so that every position learns
-        lengths = torch.tensor([end - start for start, end, _, _ in batch.spans])
-        starts = (torch.rand(len(lengths)) * (gpt.config.n_positions - lengths + 1)).long()
+        lengths = torch.tensor([span.tokens for span in batch.spans])
+        starts = torch.randint(gpt.config.n_positions - int(positions.max()), lengths.shape)
+        starts = starts[[span.prefix[0][0] if span.prefix else n for n, span in enumerate(batch.spans)]]
         positions = positions + starts.repeat_interleave(lengths).to(positions.device)
         tokens = tokens.masked_fill(torch.rand(tokens.shape).to(tokens.device) < 0.01, gpt.config.vocab_size - 1)
     hidden = gpt.hidden(tokens[None], positions[None], model.Packed(batch.spans))[0][batch.index]      # (M, C)

@@ -732,36 +732,100 @@ def row(n, targets):
 
 
 def test_rows_packed_by_hand():
+    """In the order of their bytes; what belongs to a row is numbered as the rows were given."""
     batch = data.pack([row(3, [1, 2]), row(4, [3]), row(2, [0])], [1, 0, 2])
-    assert batch.tokens.tolist() == [100, 101, 102, 103, 100, 101, 102, 100, 101]
-    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1]
-    assert batch.spans == ((0, 4, 0, 0), (4, 7, 4, 4), (7, 9, 7, 7))
-    assert batch.index.tolist() == [2, 4, 5] and batch.targets.tolist() == [103, 101, 102]
-    assert batch.reply.tolist() == [0, 1, 1] and batch.replies == 3 and batch.rows.tolist() == [1, 0, 2]
+    assert batch.tokens.tolist() == [100, 101, 100, 101, 102, 100, 101, 102, 103]
+    assert batch.positions.tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 3]
+    assert batch.spans == ((2, ()), (3, ()), (4, ()))
+    assert batch.index.tolist() == [7, 2, 3] and batch.targets.tolist() == [103, 101, 102]
+    assert batch.text.tolist() == [0, 1, 1] and batch.texts == 3 and batch.rows.tolist() == [1, 0, 2]
+    assert batch.pairs.shape == (0, 2) and batch.row_tokens == 9
 
 
-def test_pairs_packed_by_hand():
-    pair = data.Pair(*(np.array(ids, np.int32) for ids in ([1, 2, 3], [4, 5, EOT], [6, EOT])))
-    batch = data.pack([pair, pair], [0, 1])
-    assert batch.tokens[:8].tolist() == [1, 2, 3, 4, 5, EOT, 6, EOT]
-    assert batch.positions[:8].tolist() == [0, 1, 2, 3, 4, 5, 3, 4]     # the rejected reply goes on from the prompt
-    assert batch.spans[:2] == ((0, 6, 0, 0), (6, 8, 0, 3))
-    # after the prompt's last token comes the first of either reply
-    assert batch.index[:5].tolist() == [2, 3, 4, 2, 6] and batch.targets[:5].tolist() == [4, 5, EOT, 6, EOT]
-    assert batch.reply.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3] and batch.replies == 4
-    assert batch.spans[2:] == ((8, 14, 8, 8), (14, 16, 8, 11)) and batch.index[5:].tolist() == [10, 11, 12, 10, 14]
+def pair(*parts):
+    return data.Pair(*(np.array(ids, np.int32) for ids in parts))
+
+
+def test_pairs_packed_by_hand(monkeypatch):
+    """Three replies to one prompt make three pairs, and are computed once, with the prompt before all of them."""
+    monkeypatch.setattr(data, "WORTH_SHARING", 1)
+    best, middling, worst = [4, 5, EOT], [6, EOT], [7, 7, EOT]
+    pairs = [pair([1, 2, 3], *replies) for replies in ((best, middling), (best, worst), (middling, worst))]
+    batch = data.pack(pairs, [2, 0, 1])
+    assert batch.tokens.tolist() == [1, 2, 3, *best, *middling, *worst]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 3, 4, 5]     # a reply goes on from its prompt
+    assert batch.spans == ((6, ()), (2, ((0, 3),)), (3, ((0, 3),)))
+    assert batch.pairs.tolist() == [[0, 1], [2, 0], [2, 1]] and batch.texts == 3     # middling, worst, best
+    assert batch.targets.tolist() == [*middling, *worst, *best] and batch.text.tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert batch.index.tolist() == [2, 6, 2, 8, 9, 2, 3, 4]     # the prompt's last token predicts each one's first
+    assert batch.row_tokens == 8 + 9 + 8
+
+
+def test_a_tree_packed_by_hand(monkeypatch):
+    """1 2 3 4 5, then 1 2 3 4 6 7, which shares four tokens with it, then 1 2 8, which shares two with that."""
+    monkeypatch.setattr(data, "WORTH_SHARING", 2)
+    ids = ([1, 2, 3, 4, 5], [1, 2, 8], [1, 2, 3, 4, 6, 7], [1, 2, 3, 4, 6, 9])
+    learnt = ([2, 4], [2], [5], [4, 5])
+    rows = [data.Row(np.array(i, np.int32), np.isin(np.arange(len(i)), t)) for i, t in zip(ids, learnt, strict=True)]
+    batch = data.pack(rows, range(4))
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 9, 8]
+    assert batch.spans == ((5, ()), (2, ((0, 4),)), (1, ((0, 4), (1, 1))), (1, ((0, 2),)))
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 4, 5, 5, 2]
+    assert batch.targets.tolist() == [3, 5, 8, 7, 6, 9] and batch.index.tolist() == [1, 3, 1, 5, 3, 5]
+    assert batch.row_tokens == 5 + 3 + 6 + 6
+    monkeypatch.setattr(data, "WORTH_SHARING", 5)
+    assert [span.prefix for span in data.pack(rows, range(4)).spans] == [(), (), ((1, 5),), ()]
+
+
+def test_a_row_that_is_there_twice_counts_twice(monkeypatch):
+    monkeypatch.setattr(data, "WORTH_SHARING", 1)
+    batch = data.pack([row(4, [1, 3])], [0, 0])
+    assert batch.tokens.tolist() == [100, 101, 102, 103, 103] and batch.spans == ((4, ()), (1, ((0, 3),)))
+    assert batch.targets.tolist() == [101, 103] * 2 and batch.index.tolist() == [0, 2] * 2
+    twice = data.pack([pair([1], [2], [3])], [0, 0])
+    assert twice.texts == 2 and twice.pairs.tolist() == [[0, 1], [0, 1]]     # two losses of the same two replies
+
+
+TREES = st.lists(st.tuples(st.lists(st.integers(1, 2), min_size=1, max_size=9), st.integers(0, 2**9 - 1)), max_size=9)
+
+
+def rows_of(trees):
+    return [data.Row(np.array(ids, np.int32), np.array([bits >> t & 1 for t in range(len(ids))], bool),
+                     f"tree {ids[0]}" if bits % 3 else None) for ids, bits in trees]
+
+
+@SLOW
+@given(TREES, st.integers(1, 4))
+def test_every_text_of_a_batch_can_be_read_back(trees, worth):
+    rows = rows_of(trees)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "WORTH_SHARING", worth)
+        batch = data.pack(rows, range(len(rows)))
+    starts, read = np.cumsum([0, *(span.tokens for span in batch.spans)]), []
+    for n, span in enumerate(batch.spans):
+        assert all(k <= batch.spans[m].tokens and m < n for m, k in span.prefix)
+        places = np.concatenate([*(np.arange(starts[m], starts[m] + k) for m, k in span.prefix),
+                                 np.arange(starts[n], starts[n + 1])])
+        assert batch.positions[places].tolist() == list(range(len(places)))
+        read.append(batch.tokens[places].tolist())
+    assert sorted(read) == sorted(row.ids.tolist() for row in rows) and len(batch.tokens) == starts[-1]
+    wanted = [(n, int(row.ids[t - 1]), int(row.ids[t])) for n, row in enumerate(rows) for t in np.flatnonzero(row.mask)
+              if t]
+    assert list(zip(batch.text.tolist(), batch.tokens[batch.index].tolist(), batch.targets.tolist(),
+                    strict=True)) == wanted
 
 
 def test_an_empty_batch_is_a_batch():
     batch = data.pack([], [])
-    assert len(batch.tokens) == len(batch.targets) == batch.replies == 0
+    assert len(batch.tokens) == len(batch.targets) == batch.texts == batch.row_tokens == 0
     assert data.micro_batches([], [], 100) == []
 
 
 @SLOW
 @given(st.lists(st.integers(2, 60), max_size=40), st.integers(10, 100))
 def test_micro_batches_lose_nothing(lengths, budget):
-    rows = [row(n, [1]) for n in lengths]
+    rows = [data.Row(ids, np.ones(n, bool)) for n, ids in zip(
+        lengths, (np.arange(1000 * i, 1000 * i + n, dtype=np.int32) for i, n in enumerate(lengths)), strict=True)]
     batches = data.micro_batches(rows, range(len(rows)), budget)
     assert sorted(i for batch in batches for i in batch.rows.tolist()) == list(range(len(rows)))
     assert all(len(batch.tokens) <= budget or len(batch.rows) == 1 for batch in batches)
@@ -770,29 +834,67 @@ def test_micro_batches_lose_nothing(lengths, budget):
         assert len(batches) <= np.ceil(sum(lengths) / budget) * 1.34 + 1
 
 
+@SLOW
+@given(TREES, st.integers(1, 4), st.integers(1, 12))
+def test_micro_batches_of_trees_lose_nothing(trees, worth, budget):
+    rows = rows_of(trees)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "WORTH_SHARING", worth)
+        batches = data.micro_batches(rows, range(len(rows)), budget)
+        assert all(len(batch.tokens) == data.computed([rows[i] for i in batch.rows]) for batch in batches)
+    assert sorted(i for batch in batches for i in batch.rows.tolist()) == list(range(len(rows)))
+    assert all(len(batch.tokens) <= budget or len(batch.rows) == 1 for batch in batches)
+    assert sum(batch.row_tokens for batch in batches) == sum(map(len, rows))
+
+
 def test_micro_batches_are_few_and_even():
-    rows = [row(n, [1]) for n in (50, 50, 30, 30, 20, 20)]
+    rows = [data.Row(np.arange(100 * i, 100 * i + n, dtype=np.int32), np.ones(n, bool))
+            for i, n in enumerate((50, 50, 30, 30, 20, 20))]
     assert [len(b.tokens) for b in data.micro_batches(rows, range(6), 100)] == [100, 100]
     assert [len(b.tokens) for b in data.micro_batches(rows, range(6), 110)] == [100, 100]
 
 
+def test_families_are_computed_together(monkeypatch):
+    """Five pairs of one prompt's four replies, among others: in one batch if the budget allows it."""
+    monkeypatch.setattr(data, "WORTH_SHARING", 1)
+    replies = [[10 + i] * 10 for i in range(4)]
+    ranked = [pair(range(40), better, worse) for i, better in enumerate(replies) for worse in replies[i + 1:]]
+    others = [pair([50 + i] * 20, [60 + i] * 20, [70 + i] * 20) for i in range(5)]
+    rows = [rows for both in zip(ranked, others, strict=False) for rows in both]
+    batches = data.micro_batches(rows, range(10), 80)
+    assert sorted(len(batch.tokens) for batch in batches) == [60, 60, 60, 60, 60, 80]
+    assert [sorted(b.rows.tolist()) for b in batches if len(b.rows) > 1] == [[0, 2, 4, 6, 8]]
+    assert sorted(data.groups(rows, range(4), 70)) == [(60, [1]), (60, [3]), (70, [0, 2])]
+    assert sorted(data.groups(rows, range(4), 69)) == [(60, [n]) for n in range(4)]
+
+
+def order(rows, batch_size, seed):
+    return data.Order([row(2, [1])] * rows if isinstance(rows, int) else rows, batch_size, seed)
+
+
 @SLOW
-@given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 5), st.integers(0, 2**31))
-def test_order_visits_every_row_once_an_epoch(n, batch_size, steps_before, seed):
-    stream = np.concatenate([data.order(n, batch_size, seed, step) for step in range(3 * n // batch_size + 1)])
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 7), st.integers(0, 2**31))
+def test_order_visits_every_row_once_an_epoch(n, batch_size, trees, seed):
+    """And the rows of a tree one after another."""
+    rows = [data.Row(np.zeros(2, np.int32), np.ones(2, bool), f"{i % trees}" if i % 2 else None) for i in range(n)]
+    steps = data.Order(rows, batch_size, seed)
+    stream = np.concatenate([steps(step) for step in range(3 * n // batch_size + 1)])
     for epoch in range(len(stream) // n):
-        assert sorted(stream[epoch * n:(epoch + 1) * n]) == list(range(n))
+        visited = stream[epoch * n:(epoch + 1) * n].tolist()
+        assert sorted(visited) == list(range(n))
+        for family in data.families(rows):
+            at = visited.index(family[0])
+            assert visited[at:at + len(family)] == family
 
 
 def test_order_is_a_pure_function():
-    there = [data.order(17, 5, 3, step).tolist() for step in range(40)]
-    data._epoch.cache_clear()
-    back = [data.order(17, 5, 3, step).tolist() for step in reversed(range(40))][::-1]
-    assert there == back
+    there = [order(17, 5, 3)(step).tolist() for step in range(40)]
+    steps = order(17, 5, 3)
+    assert there == [steps(step).tolist() for step in reversed(range(40))][::-1]
     # position p of the stream is the same whatever the batch size
-    by_ten = np.concatenate([data.order(17, 10, 3, step) for step in range(10)])
+    by_ten = np.concatenate([order(17, 10, 3)(step) for step in range(10)])
     assert np.concatenate(there)[:100].tolist() == by_ten.tolist()
-    assert data.order(1000, 1000, 0, 0).tolist() != data.order(1000, 1000, 1, 0).tolist() != list(range(1000))
+    assert order(1000, 1000, 0)(0).tolist() != order(1000, 1000, 1)(0).tolist() != list(range(1000))
 
 
 # ---- hostile input -------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -120,7 +121,8 @@ def pair_of(chosen, rejected):
 
 HAND_BATCH = train.to_device(data.pack([pair_of([3, 4, 5, 6], [7, 8]), pair_of([9], [10])], [0, 1]), CPU)
 POLICY = fixed(-1.0, -2.0, -3.0, -4.0, -4.0, -5.0, -2.0, -1.0)
-REFERENCE = {0: torch.tensor([-3.0, -3.0, -3.0, -3.0, -4.0, -4.0]), 1: torch.tensor([-1.0, -3.0])}
+REFERENCE = {0: (torch.tensor([-3.0, -3.0, -3.0, -3.0]), torch.tensor([-4.0, -4.0])),
+             1: (torch.tensor([-1.0]), torch.tensor([-3.0]))}
 
 
 def test_the_loss_of_a_batch_by_hand(settings):
@@ -135,7 +137,8 @@ def test_the_loss_of_a_batch_by_hand(settings):
 
 def test_a_policy_that_is_its_reference_by_hand(settings):
     """ln 2 a pair, no reward, no KL, and no pair told apart: a tie is not right."""
-    alike = {0: POLICY.target_logprobs(None)[:6], 1: POLICY.target_logprobs(None)[6:]}
+    alike = POLICY.target_logprobs(None)
+    alike = {0: (alike[:4], alike[4:6]), 1: (alike[6:7], alike[7:])}
     loss, _, found = dpo.dpo_loss(POLICY, HAND_BATCH, alike, settings())
     assert float(loss) == pytest.approx(2 * math.log(2)) and all(float(value) == 0 for value in found.values())
 
@@ -166,7 +169,8 @@ def load(pairs):
 def table(gpt, rows):
     """log pi_ref by row, one row at a time."""
     with torch.no_grad():
-        return {i: gpt.target_logprobs(train.to_device(data.pack(rows, [i]), CPU)) for i in range(len(rows))}
+        return {i: gpt.target_logprobs(train.to_device(data.pack(rows, [i]), CPU)).split(
+            [len(row.chosen), len(row.rejected)]) for i, row in enumerate(rows)}
 
 
 def reply_logprob(gpt, prompt, reply):
@@ -176,12 +180,21 @@ def reply_logprob(gpt, prompt, reply):
     return logp[len(prompt) - 1:].sum()
 
 
+def ranked(pairs):
+    """The four pairs, and the three of a prompt with three ranked replies."""
+    prompt = load(pairs)[0].prompt
+    best, middling, worst = (np.array([*data.tokenizer().encode_ordinary(text), data.EOT], np.int32)
+                             for text in ("A goose swims.", "A goose swims on and on.", "No."))
+    return [*load(pairs), *(data.Pair(np.tile(prompt, 3), *both) for both in combinations((best, middling, worst), 2))]
+
+
 @pytest.mark.parametrize("name, nll", [*((name, 0.0) for name in dpo.LOSSES), ("sigmoid", 0.7)])
-def test_shared_prompts_equal_two_forward_passes(name, nll, tiny_model, other_model, pairs, settings):
-    """Loss and all gradients, of pairs packed with their prompt computed once."""
-    rows, cfg = load(pairs), settings(loss=name, nll=nll)
+def test_what_pairs_share_equals_two_forward_passes_each(name, nll, tiny_model, other_model, pairs, settings):
+    """Loss and all gradients, of pairs packed with every prompt and every reply computed once."""
+    rows, cfg = ranked(pairs), settings(loss=name, nll=nll)
     packed, naive, frozen = (model.GPT.from_pretrained(folder) for folder in (tiny_model, tiny_model, other_model))
-    batch = train.to_device(data.pack(rows, [2, 0, 3, 1]), CPU)
+    batch = train.to_device(data.pack(rows, [2, 4, 0, 3, 6, 1, 5]), CPU)
+    assert batch.texts == 11 and sum(bool(span.prefix) for span in batch.spans) > 2
     loss, count, _ = dpo.dpo_loss(packed, batch, table(frozen, rows), cfg)
     (loss / count).backward()
 
@@ -193,9 +206,9 @@ def test_shared_prompts_equal_two_forward_passes(name, nll, tiny_model, other_mo
         sides = [dpo.Replies(p, r, torch.tensor(float(len(reply)))) for p, r, reply in
                  zip(policy, reference, (row.chosen, row.rejected), strict=True)]
         total = total + dpo.LOSSES[name](*sides, cfg) - nll * policy[0] / len(row.chosen)
-    (total / 4).backward()
+    (total / 7).backward()
 
-    assert int(count) == 4 and loss.item() == pytest.approx(total.item(), rel=1e-4)
+    assert int(count) == 7 and loss.item() == pytest.approx(total.item(), rel=1e-4)
     gradients = dict(naive.named_parameters())
     largest = max(float(p.grad.abs().max()) for p in gradients.values())
     assert largest > 1e-4
@@ -204,20 +217,20 @@ def test_shared_prompts_equal_two_forward_passes(name, nll, tiny_model, other_mo
 
 
 def test_micro_batches_of_pairs_change_nothing(tiny_model, other_model, pairs, settings):
-    rows = load(pairs)
+    rows = ranked(pairs)
     reference = table(model.GPT.from_pretrained(other_model), rows)
 
     def gradients(budget):
         gpt, sums = model.GPT.from_pretrained(tiny_model), train.Sums()
-        batches = data.micro_batches(rows, range(4), budget)
+        batches = data.micro_batches(rows, range(7), budget)
         for batch in batches:
             found = dpo.dpo_loss(gpt, train.to_device(batch, CPU), reference, settings())
             found[0].backward()
             sums.add(*found)
         return len(batches), train.means({k: float(v) for k, v in sums.values.items()}), gpt
 
-    (one, metrics, gpt), (four, other_metrics, other) = gradients(10**6), gradients(1)
-    assert (one, four) == (1, 4) and other_metrics == pytest.approx(metrics, rel=1e-4)
+    (one, metrics, gpt), (seven, other_metrics, other) = gradients(10**6), gradients(1)
+    assert (one, seven) == (1, 7) and other_metrics == pytest.approx(metrics, rel=1e-4)
     for p, q in zip(gpt.parameters(), other.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, atol=1e-5 * max(1.0, float(p.grad.abs().max())))
 
@@ -287,7 +300,7 @@ def test_log_probabilities_of_a_reply_are_trls(row, trl, tiny_model, pairs):
         logprobs = model.GPT.from_pretrained(tiny_model).target_logprobs(batch)
     _, metrics, _ = theirs(trl, "sigmoid", [row])
     for side, key in enumerate(("logps/chosen", "logps/rejected")):
-        assert float(logprobs[batch.reply == side].sum()) == pytest.approx(metrics[key], rel=1e-5)
+        assert float(logprobs[batch.text == side].sum()) == pytest.approx(metrics[key], rel=1e-5)
 
 
 def test_the_nll_term_is_trls(trl, tiny_model, pairs, settings):
@@ -363,8 +376,9 @@ def test_the_reference_is_the_model_without_adapters_and_without_dropout(tiny_mo
     rows = found.train + found.val
     plain = table(model.GPT.from_pretrained(tiny_model), rows)
     assert set(reference) == set(again) == set(range(len(rows)))
-    for row, logprobs in plain.items():
-        assert torch.allclose(reference[row], logprobs, atol=1e-4) and torch.equal(reference[row], again[row])
+    for row, sides in plain.items():
+        for logprobs, found, kept in zip(sides, reference[row], again[row], strict=True):
+            assert torch.allclose(found, logprobs, atol=1e-4) and torch.equal(found, kept)
     [kept] = tmp_path.glob("reference-*.safetensors")
     content = kept.read_bytes()
     assert dpo.read_table(kept).keys() == set(map(str, again))

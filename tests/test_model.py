@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import data
 import model
+import train
+from data import Span
 from model import (
     END_OF_TEXT,
     GPT,
@@ -224,7 +228,7 @@ def pack(rows) -> tuple[SimpleNamespace, list[tuple[list[int], list[int], list[i
             p, middle = len(prompt), at + len(prompt) + len(chosen)
             tokens += prompt + chosen + rejected
             positions += [*range(p + len(chosen)), *range(p, p + len(rejected))]
-            spans += [(at, middle, at, at), (middle, middle + len(rejected), at, at + p)]
+            spans += [Span(middle - at, ()), Span(len(rejected), ((len(spans), p),))]
             index += [at + p - 1 + i for i in range(len(chosen))]
             index += [at + p - 1] + [middle + i for i in range(len(rejected) - 1)]
             targets += chosen + rejected
@@ -233,7 +237,7 @@ def pack(rows) -> tuple[SimpleNamespace, list[tuple[list[int], list[int], list[i
             learnt = list(range(1, len(row), 2))
             tokens += row
             positions += range(len(row))
-            spans.append((at, at + len(row), at, at))
+            spans.append(Span(len(row), ()))
             index += [at + t - 1 for t in learnt]
             targets += [row[t] for t in learnt]
             separate.append((row, [t - 1 for t in learnt], [row[t] for t in learnt]))
@@ -255,7 +259,7 @@ def test_a_packed_batch_worked_by_hand():
     batch, separate = pack([[10, 11, 12], ([1, 2], [3], [4, 5])])
     assert batch.tokens.tolist() == [10, 11, 12, 1, 2, 3, 4, 5]
     assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 2, 3]
-    assert batch.spans == ((0, 3, 0, 0), (3, 6, 3, 3), (6, 8, 3, 5))
+    assert batch.spans == ((3, ()), (3, ()), (2, ((1, 2),)))
     assert (batch.index.tolist(), batch.targets.tolist()) == ([0, 4, 4, 6], [11, 3, 4, 5])
     assert separate == [([10, 11, 12], [0], [11]), ([1, 2, 3], [1], [3]), ([1, 2, 4, 5], [1, 2], [4, 5])]
 
@@ -266,7 +270,7 @@ def test_packed_rows_equal_separate_rows():
     with torch.no_grad():
         packed = gpt.hidden(batch.tokens[None], batch.positions[None], Packed(batch.spans))[0]
         alone = [gpt.hidden(torch.tensor([ids]))[0] for ids, _, _ in separate]
-    own = [hidden[len(hidden) - (end - start):] for hidden, (start, end, _, _) in zip(alone, batch.spans, strict=True)]
+    own = [hidden[len(hidden) - span.tokens:] for hidden, span in zip(alone, batch.spans, strict=True)]
     close(packed, torch.cat(own))
 
 
@@ -278,11 +282,27 @@ def test_no_row_of_a_packed_batch_sees_another(lengths, changed):
     (before, _), (after, _) = pack(rows), pack(others)
     with torch.no_grad():
         moved = [(gpt.hidden(b.tokens[None], b.positions[None], Packed(b.spans)))[0] for b in (before, after)]
-    start, end = before.spans[changed][:2]
+    start = sum(lengths[:changed])
+    end = start + lengths[changed]
     moves = (moved[0] - moved[1]).abs().amax(-1) > 1e-9
     assert moves[start:end].all()
     assert not moves[:start].any()
     assert not moves[end:].any()
+
+
+@given(st.lists(st.lists(st.integers(1, 2), min_size=2, max_size=9), min_size=1, max_size=6), st.integers(1, 3))
+def test_what_texts_share_is_computed_once_for_the_same_gradient(texts, worth):
+    """Trees of any shape, packed by data.pack: log-probabilities and all gradients are those of the texts alone."""
+    gpt = random_gpt()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "WORTH_SHARING", worth)
+        rows = [data.Row(np.array(ids, np.int32), np.arange(len(ids)) % 2 > 0) for ids in texts]
+        batch = train.to_device(data.pack(rows, range(len(rows))), torch.device("cpu"))
+    weights = torch.linspace(-1, 2, len(batch.targets)).double()
+    separate = [(ids, list(range(0, len(ids) - 1, 2)), ids[1::2]) for ids in texts]
+    ours, theirs = gpt.target_logprobs(batch), naive_logprobs(gpt, separate)
+    close(ours, theirs)
+    same_gradients(gradients(gpt, ours @ weights), gradients(gpt, theirs @ weights))
 
 
 def test_the_replies_of_a_pair_do_not_see_one_another():
