@@ -22,7 +22,7 @@ from lora import (
     merged_weights,
     save_adapters,
 )
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Linear
 
 SMALL = GPTConfig(vocab_size=61, n_positions=32, n_embd=16, n_layer=2, n_head=2)
 TOKENS = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -253,7 +253,7 @@ def test_merged_equals_unmerged(rslora):
     close(gpt(TOKENS), adapted)
     assert not adapters(gpt)
     assert list(gpt.state_dict()) == names
-    assert all(type(m) is nn.Linear for n, m in gpt.named_modules() if n.endswith(TARGETS))
+    assert all(type(m) is Linear for n, m in gpt.named_modules() if n.endswith(TARGETS))
 
 
 def test_merged_weights_leave_the_model_as_it_is():
