@@ -72,7 +72,7 @@ REAL = {"data": ("ultrafeedback", "oasst1", "hh-rlhf@0.1"), "steps": 1000, "batc
         "reply_tokens": 160, "lr": 5e-6, "lora_rank": 0, "eval_every": 100, "save_every": 100, "log_every": 5}
 PRESETS = {
     # a small model falls into repetitions at this rate: beta and the cross-entropy on chosen replies hold it
-    "sample": {"steps": 100, "batch_size": 24, "lr": 5e-4, "lora_rank": 32, "lora_alpha": 64.0, "beta": 0.3,
+    "sample": {"steps": 120, "batch_size": 48, "lr": 5e-4, "lora_rank": 32, "lora_alpha": 64.0, "beta": 0.3,
                "nll": 2.0, "reply_tokens": 64, "eval_every": 50, "save_every": 50},
     # a laptop: OASST's ranks alone, 200 steps of 16
     "gpt2": REAL | {"data": ("oasst1",), "steps": 200, "batch_size": 16, "lr": 5e-5, "lora_rank": 16, "context": 512,

@@ -29,16 +29,15 @@ class Config:
     data: str = "oasst1"  # conversations with ranks: oasst1, or oasst1:PATH
     work: str = "runs/bench"  # where models and runs go
     # what to measure
-    tasks: tuple[str, ...] = ("sft-full", "sft-lora", "dpo-lora", "decode", "lengths", "data", "sizes")
+    tasks: tuple[str, ...] = ("sft-full", "sft-lora", "dpo-lora", "dpo-lora-16", "decode", "lengths", "data", "sizes")
     repeats: int = 3  # processes of each system; medians are reported
     steps: int = 4  # optimiser steps a process; the first is not counted
     new: int = 120  # tokens decoded
     threads: int = os.cpu_count() or 1  # threads of every system
 
 
-# Of a step: the batch, and the products' work for a token in multiples of the weights (forward, backward to the
-# activations, backward to the weights, 2 operations each). LoRA's frozen weights do without the last.
-TRAINING = {"sft-full": (8, 6), "sft-lora": (8, 4), "dpo-lora": (4, 4)}
+# Conversations or pairs in a step. TRL has up to 8 of the first and 4 of the second in memory at once.
+TRAINING = {"sft-full": 8, "sft-lora": 8, "dpo-lora": 4, "dpo-lora-16": 16}
 
 
 def make_model(name: str, work: Path) -> Path:
@@ -88,16 +87,17 @@ def alternating(cfg: Config, systems: dict[str, tuple[str, dict]], task: str, fo
 
 
 def training(cfg: Config, folder: Path, rate: float) -> None:
-    weights = sum(p.numel() for p in model.GPT.from_pretrained(folder).parameters())
     header("training, fp32", "unit", "ours", "TRL + PEFT", "ratio", "peak GB, ours", "peak GB, TRL", "ratio",
            "ours, of the machine's matrix products")
-    for task, (batch, work) in TRAINING.items():
+    for task, batch in TRAINING.items():
         if task not in cfg.tasks:
             continue
-        found = alternating(cfg, {s: (s, {"batch": batch}) for s in ("ours", "trl")}, task, folder)
+        dpo = task.startswith("dpo")
+        found = alternating(cfg, {s: (s, {"batch": batch, "at_once": 4 if dpo else 8}) for s in ("ours", "trl")}, task,
+                            folder)
         ours, trl = found["ours"], found["trl"]
-        unit = "pairs_per_second" if task == "dpo-lora" else "tokens_per_second"
-        share = ours["tokens_per_second"] * work * weights / 1e9 / rate
+        unit = "pairs_per_second" if dpo else "tokens_per_second"
+        share = ours["operations_per_second"] / 1e9 / rate
         row(task, unit.replace("_per_second", "/s"), f"{ours[unit]:.3g}", f"{trl[unit]:.3g}",
             f"{ours[unit] / trl[unit]:.2f}", f"{ours['peak'] / 1e9:.2f}", f"{trl['peak'] / 1e9:.2f}",
             f"{ours['peak'] / trl['peak']:.2f}", f"{share:.0%}")

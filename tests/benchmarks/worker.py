@@ -27,12 +27,12 @@ def peak() -> int:
 def conversations(path: str, length: int) -> list:
     """The rows that every system is given: at most so many tokens, in one fixed order."""
     rows = data.load_rows([path], context=length, val_fraction=0.0, seed=0).train
-    return [rows[i] for i in data.order(len(rows), len(rows), 0, 0)]
+    return [rows[i] for i in data.Order(rows, len(rows), seed=0)(0)]
 
 
 def preferences(path: str, length: int) -> list:
     pairs = data.load_pairs([path], context=length, val_fraction=0.0, seed=0).train
-    return [pairs[i] for i in data.order(len(pairs), len(pairs), 0, 0)]
+    return [pairs[i] for i in data.Order(pairs, len(pairs), seed=0)(0)]
 
 
 # ---- ours ----------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
     import sft
     import train
 
-    stage, length = dpo if task == "dpo-lora" else sft, options["length"]
+    stage, length = dpo if task.startswith("dpo") else sft, options["length"]
     if options.get("full_rows"):  # all of the same length, of the same text
         ids = np.concatenate([row.ids for row in conversations(path, length)])[:64 * length].reshape(-1, length)
         rows = data.Data([data.Row(row, np.arange(length) % 2 > 0) for row in ids], [], [], "full rows")
@@ -53,7 +53,19 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
                        context=length, lora_rank=0 if task == "sft-full" else options["rank"], checks="", prompts=(),
                        val_fraction=0.0, eval_every=0, save_every=0, overwrite=True, lr=1e-5,
                        micro_batch_tokens=options["micro_batch_tokens"], recompute=options.get("recompute", False))
-    started, taken, seconds = time.perf_counter(), {}, []
+    started, taken, seconds, work, step_batches = time.perf_counter(), {}, [], {}, stage.step_batches
+
+    def watched(*args):
+        batches = step_batches(*args)
+
+        def of(step, budget):
+            found = batches(step, budget)
+            work[step + 1] = sum(operations(batch, task) for batch in found) / sum(b.row_tokens for b in found)
+            return found
+
+        return of
+
+    stage.step_batches = watched
     reference = dpo.reference_logprobs  # before the loop and once for every pair, but not for nothing: it counts
 
     def timed(*args):
@@ -68,15 +80,28 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
     try:
         stage.main(cfg)
     finally:
-        train.save_checkpoint = original
+        train.save_checkpoint, stage.step_batches = original, step_batches
     records = train.read_metrics(Path(out))[1:]
     tokens = [r["tokens_per_second"] for r in records]
     result = {"tokens_per_second": sorted(tokens)[len(tokens) // 2], "peak": taken["peak"],
               "wall": time.perf_counter() - started}
-    if task == "dpo-lora":
+    speeds = [r["tokens_per_second"] * work[r["step"]] for r in records]
+    result["operations_per_second"] = sorted(speeds)[len(speeds) // 2]
+    if task.startswith("dpo"):
         pairs = [r["pairs_per_second"] for r in records]
         result["pairs_per_second"] = 1 / (1 / sorted(pairs)[len(pairs) // 2] + seconds[0])
     return result
+
+
+def operations(batch, task: str) -> float:
+    """Floating-point operations of GPT-2 124M's products with its weights, forward and backward.
+
+    Two for each weight and token in the forward pass, for the activations' gradient and, but for LoRA, for the
+    weights'. The head has its activations' gradient from the forward pass, and computes its logits again if it learns.
+    """
+    blocks, head = 12 * 12 * 768**2, 50257 * 768
+    full = task == "sft-full"
+    return 2 * (len(batch.tokens) * blocks * (3 if full else 2) + len(batch.targets) * head * (4 if full else 2))
 
 
 def ours_generate(folder: str, options: dict) -> dict:
@@ -110,7 +135,9 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     lora = LoraConfig(r=options["rank"], lora_alpha=16, target_modules=["c_attn", "c_proj", "c_fc"],
                       fan_in_fan_out=True, task_type="CAUSAL_LM")
-    common = {"output_dir": out, "per_device_train_batch_size": options["batch"], "max_steps": options["steps"],
+    at_once = min(options["batch"], options["at_once"])
+    common = {"output_dir": out, "per_device_train_batch_size": at_once, "max_steps": options["steps"],
+              "gradient_accumulation_steps": options["batch"] // at_once,
               "learning_rate": 1e-5, "save_strategy": "no", "report_to": "none", "max_length": options["length"],
               "gradient_checkpointing": options.get("recompute", False), "bf16": False, "use_cpu": True,
               "dataloader_pin_memory": False, "disable_tqdm": True}
@@ -119,13 +146,14 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
             stamps.append([time.perf_counter(), 0.0])
+            counted.append(0)
 
         def on_step_end(self, *_, **__):
             stamps[-1][1] = time.perf_counter()
 
     counted = []
     count = options["batch"] * options["steps"]
-    if task == "dpo-lora":
+    if task.startswith("dpo"):
         def says(ids) -> list[dict]:
             return [{"role": "assistant", "content": data.text_of(ids[:-1])}]
 
@@ -141,7 +169,7 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
     original = trainer.training_step
 
     def counting(module, inputs, *more):
-        counted.append(int(inputs["attention_mask"].sum()))
+        counted[-1] += int(inputs["attention_mask"].sum())
         return original(module, inputs, *more)
 
     trainer.training_step = counting
@@ -149,7 +177,7 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
     seconds = [end - begin for begin, end in stamps]
     speeds = sorted(n / s for n, s in list(zip(counted, seconds, strict=True))[1:])
     result = {"tokens_per_second": speeds[len(speeds) // 2], "peak": peak()}
-    if task == "dpo-lora":
+    if task.startswith("dpo"):
         pairs = sorted(options["batch"] / s for s in seconds[1:])
         result["pairs_per_second"] = pairs[len(pairs) // 2]
     return result
