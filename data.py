@@ -279,18 +279,19 @@ class Span(NamedTuple):
 class Batch:
     """Rows laid end to end, N tokens without padding, with M targets.
 
-    What texts have in common from their start is there once: a prompt for all its replies, the beginning of a tree for
-    all its threads, and a reply for all the pairs it is in. Each text is a span, and what it shares is its prefix.
+    A text is what would be computed by itself: a conversation, or a pair's prompt with one of its replies. What texts
+    have in common from their start is here once: a prompt for all its replies, the beginning of a tree for all its
+    threads. Each text has a span, its own end, and finds what it shares in the prefix. A reply is one text for all the
+    pairs that it is in.
     """
 
     tokens: np.ndarray      # (N,) int64
     positions: np.ndarray   # (N,) int64: in the token's own row
     spans: tuple[Span, ...]
     index: np.ndarray       # (M,) int64: the token after which targets[m] comes
-    targets: np.ndarray     # (M,) int64, text by text
-    text: np.ndarray        # (M,) int64: the text that targets[m] belongs to
-    texts: int
-    pairs: np.ndarray       # (R, 2) int64: the texts of each pair's chosen and rejected reply; (0, 2) if rows are none
+    targets: np.ndarray     # (M,) int64, span by span
+    span: np.ndarray        # (M,) int64: the span of the text that targets[m] is in
+    pairs: np.ndarray       # (R, 2) int64: the spans of each pair's chosen and rejected reply; (0, 2) if rows are none
     rows: np.ndarray        # (R,) int64: which rows of the data set these are
     row_tokens: int         # in all these rows, what they share counted for each
 
@@ -313,9 +314,9 @@ def shared_beginnings(texts: Sequence[np.ndarray]) -> Iterator[tuple[int, int]]:
 
 
 def different_texts(rows: Iterable[Row | Pair]) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[list[int]]]:
-    """All texts of these rows, and which of them each row has. Replies of pairs are there once, rows as often as here.
+    """The texts of these rows, and which of them each row has.
 
-    For of a pair the loss is of two replies together, and of a row it is its own, twice if the row is there twice.
+    A reply that several pairs have is one text. A conversation that is there twice is two, for its loss counts twice.
     """
     texts, numbers, members = [], {}, []
     for row in rows:
@@ -332,26 +333,25 @@ def pack(rows: Sequence[Row | Pair], indices: Iterable[int]) -> Batch:
     """The rows of these indices as one batch."""
     indices = [int(i) for i in indices]
     texts, members = different_texts(rows[i] for i in indices)
-    tokens, positions, spans = [], [], []
-    index, targets = ([np.zeros(0)] * len(texts) for _ in range(2))
-    place, prefix, start = np.zeros(0, np.int64), (), 0     # of the text before: each token's place, and its spans
+    tokens, positions, spans, index, targets, span, number = [], [], [], [], [], [], {}
+    place, prefix, start = np.zeros(0, np.int64), (), 0     # of the text before: where each of its tokens is
     for n, shared in shared_beginnings([ids for ids, _ in texts]):
         ids, learnt = texts[n]
-        prefix = first(shared, prefix)
-        spans.append(Span(len(ids) - shared, prefix))
-        prefix += ((len(spans) - 1, len(ids) - shared),)
-        place = np.concatenate([place[:shared], np.arange(start, start + len(ids) - shared)])
-        start += len(ids) - shared
+        number[n], own = len(spans), len(ids) - shared
+        spans.append(Span(own, first(shared, prefix)))
+        prefix = (*spans[-1].prefix, (number[n], own))
+        place = np.concatenate([place[:shared], np.arange(start, start + own)])
+        start += own
         tokens.append(ids[shared:])
         positions.append(np.arange(shared, len(ids)))
-        index[n], targets[n] = place[learnt - 1], ids[learnt]
-    text = [np.full(len(learnt), n) for n, (_, learnt) in enumerate(texts)]
+        index.append(place[learnt - 1])
+        targets.append(ids[learnt])
+        span.append(np.full(len(learnt), number[n]))
     flat = [np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
-            for parts in (tokens, positions, index, targets, text)]
-    pairs = [both for both in members if len(both) == 2]
-    return Batch(flat[0], flat[1], tuple(spans), *flat[2:], len(texts),
-                 np.array(pairs, np.int64).reshape(-1, 2), np.array(indices, np.int64),
-                 sum(len(rows[i]) for i in indices))
+            for parts in (tokens, positions, index, targets, span)]
+    pairs = [[number[n] for n in both] for both in members if len(both) == 2]
+    return Batch(flat[0], flat[1], tuple(spans), *flat[2:], np.array(pairs, np.int64).reshape(-1, 2),
+                 np.array(indices, np.int64), sum(len(rows[i]) for i in indices))
 
 
 def first(tokens: int, spans: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:

@@ -162,9 +162,9 @@ LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "cdpo": cdpo, "robust": robust, "lengt
 def dpo_loss(gpt, batch, reference: dict[int, Pair], cfg: Config) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """The chosen loss over a batch of pairs, and the implicit rewards; `reference[row]` is the pair's log pi_ref."""
     logprobs = gpt.target_logprobs(batch)                                      # (M,) over all tokens of all replies
-    frozen = torch.cat([torch.empty(0), *in_order(reference, batch)]).to(logprobs)
-    sums = torch.zeros(3, batch.texts, device=logprobs.device)                 # of each reply
-    sums = sums.index_add(1, batch.text, torch.stack([logprobs, frozen, torch.ones_like(frozen)]))
+    frozen = torch.cat([torch.empty(0), *by_span(reference, batch)]).to(logprobs)
+    sums = torch.zeros(3, len(batch.spans), device=logprobs.device)            # of each reply
+    sums = sums.index_add(1, batch.span, torch.stack([logprobs, frozen, torch.ones_like(frozen)]))
     chosen, rejected = (Replies(*sums[:, side]) for side in batch.pairs.T)     # a reply may be in several pairs
     loss = LOSSES[cfg.loss](chosen, rejected, cfg)                             # (pairs,)
     if cfg.nll:  # Pang et al. 2024, https://arxiv.org/abs/2404.19733, equation 1
@@ -172,12 +172,18 @@ def dpo_loss(gpt, batch, reference: dict[int, Pair], cfg: Config) -> tuple[torch
     return loss.sum(), torch.tensor(len(loss)), metrics(logprobs.detach(), frozen, batch, chosen, rejected, cfg)
 
 
-def in_order(reference: dict[int, Pair], batch) -> list[torch.Tensor]:
-    """log pi_ref of the batch's texts, one after another."""
+def by_span(reference: dict[int, Pair], batch) -> list[torch.Tensor]:
+    """log pi_ref of the batch's replies as the batch has them: each once."""
     found = {}
-    for row, pair in zip(batch.rows, batch.pairs.tolist(), strict=True):
-        found |= dict(zip(pair, reference[int(row)], strict=True))
-    return [found[text] for text in range(batch.texts)]
+    for row, spans in zip(batch.rows, batch.pairs.tolist(), strict=True):
+        found |= dict(zip(spans, reference[int(row)], strict=True))
+    return [found[span] for span in sorted(found)]
+
+
+def by_pair(logprobs: torch.Tensor, batch) -> list[Pair]:
+    """The log-probabilities (M,) of a batch as its pairs have them: a reply for each pair that it is in."""
+    replies = logprobs.split(torch.bincount(batch.span, minlength=len(batch.spans)).tolist())
+    return [(replies[chosen], replies[rejected]) for chosen, rejected in batch.pairs.tolist()]
 
 
 def metrics(logprobs, frozen, batch, chosen: Replies, rejected: Replies, cfg: Config) -> dict[str, torch.Tensor]:
@@ -188,7 +194,7 @@ def metrics(logprobs, frozen, batch, chosen: Replies, rejected: Replies, cfg: Co
     takes the exponential of a log-ratio, and explodes on rejected replies, which the policy would not write.)
     """
     up, down = cfg.beta * chosen.logratio.detach(), cfg.beta * rejected.logratio.detach()
-    k2 = torch.zeros(batch.texts, device=frozen.device).index_add(0, batch.text, (logprobs - frozen) ** 2 / 2)
+    k2 = torch.zeros(len(batch.spans), device=frozen.device).index_add(0, batch.span, (logprobs - frozen) ** 2 / 2)
     kl = k2[batch.pairs].sum(1) / (chosen.length + rejected.length)
     return {"reward_accuracy": (up > down).sum(), "reward_margin": (up - down).sum(), "chosen_reward": up.sum(),
             "rejected_reward": down.sum(), "kl": kl.sum()}
@@ -215,10 +221,9 @@ def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config,
         gpt.eval()
         with torch.no_grad(), lora.adapters_disabled(gpt), run.autocast():
             for batch in data.micro_batches(rows, sorted(seen), cfg.micro_batch_tokens):
-                logprobs = gpt.target_logprobs(to_device(batch, run.device)).float().cpu()
-                texts = logprobs.split(torch.from_numpy(batch.text).bincount(minlength=batch.texts).tolist())
-                table |= {str(row): torch.cat([texts[chosen], texts[rejected]])
-                          for row, (chosen, rejected) in zip(batch.rows, batch.pairs, strict=True)}
+                batch = to_device(batch, run.device)
+                replies = by_pair(gpt.target_logprobs(batch).float(), batch)
+                table |= {str(row): torch.cat(pair).cpu() for row, pair in zip(batch.rows, replies, strict=True)}
         with writing(path, sum(4 * len(logprobs) for logprobs in table.values())), whole_file(path) as temporary:
             save_file(table, temporary, metadata={"sha256": fingerprint(table)})
     return {int(row): both.split([len(rows[int(row)].chosen), len(rows[int(row)].rejected)])

@@ -1060,8 +1060,8 @@ def means(totals: dict[str, float]) -> dict[str, float]:
 
 def without_targets(batch: data.Batch) -> data.Batch:
     """The batch with nothing to learn from: what a process computes while others are busy with more."""
-    return replace(batch, index=batch.index[:0], targets=batch.targets[:0], text=batch.text[:0],
-                   rows=batch.rows[:0], pairs=batch.pairs[:0], texts=0, row_tokens=0)
+    return replace(batch, index=batch.index[:0], targets=batch.targets[:0], span=batch.span[:0],
+                   rows=batch.rows[:0], pairs=batch.pairs[:0], row_tokens=0)
 
 
 def step_batches(rows: data.Data, cfg: Settings, run: Run):

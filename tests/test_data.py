@@ -732,13 +732,13 @@ def row(n, targets):
 
 
 def test_rows_packed_by_hand():
-    """In the order of their bytes; what belongs to a row is numbered as the rows were given."""
+    """In the order of their bytes."""
     batch = data.pack([row(3, [1, 2]), row(4, [3]), row(2, [0])], [1, 0, 2])
     assert batch.tokens.tolist() == [100, 101, 100, 101, 102, 100, 101, 102, 103]
     assert batch.positions.tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 3]
     assert batch.spans == ((2, ()), (3, ()), (4, ()))
-    assert batch.index.tolist() == [7, 2, 3] and batch.targets.tolist() == [103, 101, 102]
-    assert batch.text.tolist() == [0, 1, 1] and batch.texts == 3 and batch.rows.tolist() == [1, 0, 2]
+    assert batch.index.tolist() == [2, 3, 7] and batch.targets.tolist() == [101, 102, 103]
+    assert batch.span.tolist() == [1, 1, 2] and batch.rows.tolist() == [1, 0, 2]
     assert batch.pairs.shape == (0, 2) and batch.row_tokens == 9
 
 
@@ -755,9 +755,9 @@ def test_pairs_packed_by_hand(monkeypatch):
     assert batch.tokens.tolist() == [1, 2, 3, *best, *middling, *worst]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 3, 4, 5]     # a reply goes on from its prompt
     assert batch.spans == ((6, ()), (2, ((0, 3),)), (3, ((0, 3),)))
-    assert batch.pairs.tolist() == [[0, 1], [2, 0], [2, 1]] and batch.texts == 3     # middling, worst, best
-    assert batch.targets.tolist() == [*middling, *worst, *best] and batch.text.tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
-    assert batch.index.tolist() == [2, 6, 2, 8, 9, 2, 3, 4]     # the prompt's last token predicts each one's first
+    assert batch.pairs.tolist() == [[1, 2], [0, 1], [0, 2]]
+    assert batch.targets.tolist() == [*best, *middling, *worst] and batch.span.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert batch.index.tolist() == [2, 3, 4, 2, 6, 2, 8, 9]     # the prompt's last token predicts each one's first
     assert batch.row_tokens == 8 + 9 + 8
 
 
@@ -771,7 +771,7 @@ def test_a_tree_packed_by_hand(monkeypatch):
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 9, 8]
     assert batch.spans == ((5, ()), (2, ((0, 4),)), (1, ((0, 4), (1, 1))), (1, ((0, 2),)))
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 4, 5, 5, 2]
-    assert batch.targets.tolist() == [3, 5, 8, 7, 6, 9] and batch.index.tolist() == [1, 3, 1, 5, 3, 5]
+    assert batch.targets.tolist() == [3, 5, 7, 6, 9, 8] and batch.index.tolist() == [1, 3, 5, 3, 5, 1]
     assert batch.row_tokens == 5 + 3 + 6 + 6
     monkeypatch.setattr(data, "WORTH_SHARING", 5)
     assert [span.prefix for span in data.pack(rows, range(4)).spans] == [(), (), ((1, 5),), ()]
@@ -783,7 +783,7 @@ def test_a_row_that_is_there_twice_counts_twice(monkeypatch):
     assert batch.tokens.tolist() == [100, 101, 102, 103, 103] and batch.spans == ((4, ()), (1, ((0, 3),)))
     assert batch.targets.tolist() == [101, 103] * 2 and batch.index.tolist() == [0, 2] * 2
     twice = data.pack([pair([1], [2], [3])], [0, 0])
-    assert twice.texts == 2 and twice.pairs.tolist() == [[0, 1], [0, 1]]     # two losses of the same two replies
+    assert len(twice.spans) == 2 and twice.pairs.tolist() == [[0, 1], [0, 1]]     # two losses of the same two replies
 
 
 TREES = st.lists(st.tuples(st.lists(st.integers(1, 2), min_size=1, max_size=9), st.integers(0, 2**9 - 1)), max_size=9)
@@ -809,15 +809,15 @@ def test_every_text_of_a_batch_can_be_read_back(trees, worth):
         assert batch.positions[places].tolist() == list(range(len(places)))
         read.append(batch.tokens[places].tolist())
     assert sorted(read) == sorted(row.ids.tolist() for row in rows) and len(batch.tokens) == starts[-1]
-    wanted = [(n, int(row.ids[t - 1]), int(row.ids[t])) for n, row in enumerate(rows) for t in np.flatnonzero(row.mask)
-              if t]
-    assert list(zip(batch.text.tolist(), batch.tokens[batch.index].tolist(), batch.targets.tolist(),
-                    strict=True)) == wanted
+    learnt = zip([read[n] for n in batch.span], batch.positions[batch.index] + 1, batch.targets, strict=True)
+    assert sorted((ids, int(t), int(target)) for ids, t, target in learnt) == sorted(
+        (row.ids.tolist(), int(t), int(row.ids[t])) for row in rows for t in np.flatnonzero(row.mask) if t)
+    assert all(read[n][batch.positions[i]] == batch.tokens[i] for n, i in zip(batch.span, batch.index, strict=True))
 
 
 def test_an_empty_batch_is_a_batch():
     batch = data.pack([], [])
-    assert len(batch.tokens) == len(batch.targets) == batch.texts == batch.row_tokens == 0
+    assert len(batch.tokens) == len(batch.targets) == len(batch.spans) == batch.row_tokens == 0
     assert data.micro_batches([], [], 100) == []
 
 

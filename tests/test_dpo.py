@@ -168,9 +168,9 @@ def load(pairs):
 
 def table(gpt, rows):
     """log pi_ref by row, one row at a time."""
+    batches = [train.to_device(data.pack(rows, [i]), CPU) for i in range(len(rows))]
     with torch.no_grad():
-        return {i: gpt.target_logprobs(train.to_device(data.pack(rows, [i]), CPU)).split(
-            [len(row.chosen), len(row.rejected)]) for i, row in enumerate(rows)}
+        return {i: dpo.by_pair(gpt.target_logprobs(batch), batch)[0] for i, batch in enumerate(batches)}
 
 
 def reply_logprob(gpt, prompt, reply):
@@ -194,7 +194,7 @@ def test_what_pairs_share_equals_two_forward_passes_each(name, nll, tiny_model, 
     rows, cfg = ranked(pairs), settings(loss=name, nll=nll)
     packed, naive, frozen = (model.GPT.from_pretrained(folder) for folder in (tiny_model, tiny_model, other_model))
     batch = train.to_device(data.pack(rows, [2, 4, 0, 3, 6, 1, 5]), CPU)
-    assert batch.texts == 11 and sum(bool(span.prefix) for span in batch.spans) > 2
+    assert len(batch.spans) == 11 and sum(bool(span.prefix) for span in batch.spans) > 2
     loss, count, _ = dpo.dpo_loss(packed, batch, table(frozen, rows), cfg)
     (loss / count).backward()
 
@@ -300,7 +300,7 @@ def test_log_probabilities_of_a_reply_are_trls(row, trl, tiny_model, pairs):
         logprobs = model.GPT.from_pretrained(tiny_model).target_logprobs(batch)
     _, metrics, _ = theirs(trl, "sigmoid", [row])
     for side, key in enumerate(("logps/chosen", "logps/rejected")):
-        assert float(logprobs[batch.text == side].sum()) == pytest.approx(metrics[key], rel=1e-5)
+        assert float(logprobs[batch.span == batch.pairs[0, side]].sum()) == pytest.approx(metrics[key], rel=1e-5)
 
 
 def test_the_nll_term_is_trls(trl, tiny_model, pairs, settings):

@@ -321,7 +321,7 @@ def test_no_row_of_a_packed_batch_sees_another(lengths, changed):
 @given(st.lists(st.lists(st.integers(1, 2), min_size=2, max_size=9), min_size=1, max_size=6), st.integers(1, 3))
 def test_what_texts_share_is_computed_once_for_the_same_gradient(texts, worth):
     """Trees of any shape, packed by data.pack: log-probabilities and all gradients are those of the texts alone."""
-    gpt = random_gpt()
+    gpt, texts = random_gpt(), sorted(texts)  # as pack lays them
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "WORTH_SHARING", worth)
         rows = [data.Row(np.array(ids, np.int32), np.arange(len(ids)) % 2 > 0) for ids in texts]

@@ -24,15 +24,10 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def conversations(path: str, length: int) -> list:
-    """The rows that every system is given: at most so many tokens, in one fixed order."""
-    rows = data.load_rows([path], context=length, val_fraction=0.0, seed=0).train
-    return [rows[i] for i in data.Order(rows, len(rows), seed=0)(0)]
-
-
-def preferences(path: str, length: int) -> list:
-    pairs = data.load_pairs([path], context=length, val_fraction=0.0, seed=0).train
-    return [pairs[i] for i in data.Order(pairs, len(pairs), seed=0)(0)]
+def shuffled(load, path: str, length: int) -> list:
+    """The rows, of at most so many tokens, as one shuffles them who knows nothing of trees and prompts."""
+    rows = load([path], context=length, val_fraction=0.0, seed=0).train
+    return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
 
 
 # ---- ours ----------------------------------------------------------------------------------------
@@ -46,8 +41,8 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
 
     stage, length = dpo if task.startswith("dpo") else sft, options["length"]
     if options.get("full_rows"):  # all of the same length, of the same text
-        ids = np.concatenate([row.ids for row in conversations(path, length)])[:64 * length].reshape(-1, length)
-        rows = data.Data([data.Row(row, np.arange(length) % 2 > 0) for row in ids], [], [], "full rows")
+        ids = np.concatenate([row.ids for row in shuffled(data.load_rows, path, length)])[:64 * length]
+        rows = data.Data([data.Row(row, np.arange(length) % 2 > 0) for row in ids.reshape(-1, length)], [], [], "full")
         data.load_rows = lambda *_, **__: rows
     cfg = stage.Config(model=folder, data=(path,), out=out, steps=options["steps"], batch_size=options["batch"],
                        context=length, lora_rank=0 if task == "sft-full" else options["rank"], checks="", prompts=(),
@@ -82,14 +77,13 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
     finally:
         train.save_checkpoint, stage.step_batches = original, step_batches
     records = train.read_metrics(Path(out))[1:]
-    tokens = [r["tokens_per_second"] for r in records]
-    result = {"tokens_per_second": sorted(tokens)[len(tokens) // 2], "peak": taken["peak"],
-              "wall": time.perf_counter() - started}
-    speeds = [r["tokens_per_second"] * work[r["step"]] for r in records]
-    result["operations_per_second"] = sorted(speeds)[len(speeds) // 2]
+    took = [options["batch"] / r[f"{cfg.row_name}_per_second"] for r in records]
+    tokens = [r["tokens_per_second"] * t for r, t in zip(records, took, strict=True)]
+    done = sum(n * work[r["step"]] for r, n in zip(records, tokens, strict=True))
+    result = {"tokens_per_second": sum(tokens) / sum(took), "operations_per_second": done / sum(took),
+              "peak": taken["peak"], "wall": time.perf_counter() - started}
     if task.startswith("dpo"):
-        pairs = [r["pairs_per_second"] for r in records]
-        result["pairs_per_second"] = 1 / (1 / sorted(pairs)[len(pairs) // 2] + seconds[0])
+        result["pairs_per_second"] = 1 / (sum(took) / len(took) / options["batch"] + seconds[0])
     return result
 
 
@@ -158,11 +152,12 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
             return [{"role": "assistant", "content": data.text_of(ids[:-1])}]
 
         rows = [{"prompt": data.messages_of(p.prompt)[:-1], "chosen": says(p.chosen), "rejected": says(p.rejected)}
-                for p in preferences(path, options["length"])[:count]]
+                for p in shuffled(data.load_pairs, path, options["length"])[:count]]
         trainer = DPOTrainer(network, args=DPOConfig(**common, beta=0.1), train_dataset=Dataset.from_list(rows),
                              processing_class=tokenizer, peft_config=lora, callbacks=[Clock()])
     else:
-        rows = [{"messages": data.messages_of(r.ids)} for r in conversations(path, options["length"])[:count]]
+        rows = [{"messages": data.messages_of(r.ids)}
+                for r in shuffled(data.load_rows, path, options["length"])[:count]]
         trainer = SFTTrainer(network, args=SFTConfig(**common, assistant_only_loss=True, packing=False),
                              train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                              peft_config=lora if task == "sft-lora" else None, callbacks=[Clock()])
@@ -174,13 +169,9 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
 
     trainer.training_step = counting
     trainer.train()
-    seconds = [end - begin for begin, end in stamps]
-    speeds = sorted(n / s for n, s in list(zip(counted, seconds, strict=True))[1:])
-    result = {"tokens_per_second": speeds[len(speeds) // 2], "peak": peak()}
-    if task.startswith("dpo"):
-        pairs = sorted(options["batch"] / s for s in seconds[1:])
-        result["pairs_per_second"] = pairs[len(pairs) // 2]
-    return result
+    took = [end - begin for begin, end in stamps][1:]
+    return {"tokens_per_second": sum(counted[1:]) / sum(took), "peak": peak(),
+            "pairs_per_second": len(took) * options["batch"] / sum(took)}
 
 
 def transformers_generate(folder: str, options: dict) -> dict:
