@@ -370,18 +370,19 @@ def computed(rows: Iterable[Row | Pair]) -> int:
     return sum(len(texts[n]) - shared for n, shared in shared_beginnings(texts))
 
 
-def families(rows: Sequence[Row | Pair]) -> list[list[int]]:
-    """Which rows belong together because they begin alike: the threads of one tree, the pairs of one prompt."""
-    found = defaultdict(list)
-    for n, row in enumerate(rows):
-        found[row.prompt.tobytes() if isinstance(row, Pair) else row.opening or n].append(n)
-    return list(found.values())
+def families(rows: Sequence[Row | Pair]) -> np.ndarray:
+    """(rows,) numbers from 0, the same for rows that begin alike: the threads of one tree, the pairs of one prompt."""
+    numbers = {}
+    keys = (row.prompt.tobytes() if isinstance(row, Pair) else row.opening or n for n, row in enumerate(rows))
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
 
 
 def groups(rows: Sequence[Row | Pair], indices: Iterable[int], token_budget: int) -> list[tuple[int, list[int]]]:
     """(tokens, rows) that are computed together, largest first: families, halved until they fit the budget."""
-    indices, parts = [int(i) for i in indices], []
-    todo = [[indices[n] for n in family] for family in families([rows[i] for i in indices])]
+    indices, found, parts = [int(i) for i in indices], defaultdict(list), []
+    for i, family in zip(indices, families([rows[i] for i in indices]).tolist(), strict=True):
+        found[family].append(i)
+    todo = list(found.values())
     while todo:
         members = todo.pop()
         size, half = computed(rows[i] for i in members), len(members) // 2
@@ -421,17 +422,19 @@ class Order:
     """
 
     def __init__(self, rows: Sequence[Row | Pair], batch_size: int, seed: int):
-        self.families, self.rows, self.batch_size, self.seed = families(rows), len(rows), batch_size, seed
+        self.families, self.batch_size, self.seed = families(rows), batch_size, seed
         self.epoch = lru_cache(maxsize=2)(self.shuffled)
 
-    def shuffled(self, epoch: int) -> list[int]:
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.families))
-        return [row for n in order for row in self.families[n]]
+    def shuffled(self, epoch: int) -> np.ndarray:
+        """(rows,) indices: the families in random turn, and the rows of each in random order."""
+        rng, rows = np.random.default_rng((self.seed, epoch)), len(self.families)
+        turn = rng.permutation(self.families.max() + 1)
+        return np.lexsort((rng.random(rows), turn[self.families]))
 
     def __call__(self, step: int) -> np.ndarray:
         """(batch_size,) indices."""
-        at = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return np.array([self.epoch(p // self.rows)[p % self.rows] for p in at], np.int64)
+        rows, at = len(self.families), range(step * self.batch_size, (step + 1) * self.batch_size)
+        return np.array([self.epoch(p // rows)[p % rows] for p in at], np.int64)
 
 
 # ---- what readers read and how they refuse -------------------------------------------------------

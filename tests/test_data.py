@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -877,14 +877,13 @@ def order(rows, batch_size, seed):
 def test_order_visits_every_row_once_an_epoch(n, batch_size, trees, seed):
     """And the rows of a tree one after another."""
     rows = [data.Row(np.zeros(2, np.int32), np.ones(2, bool), f"{i % trees}" if i % 2 else None) for i in range(n)]
-    steps = data.Order(rows, batch_size, seed)
+    steps, families = data.Order(rows, batch_size, seed), data.families(rows)
+    assert len(set(families)) == (n + 1) // 2 + len({i % trees for i in range(1, n, 2)})
     stream = np.concatenate([steps(step) for step in range(3 * n // batch_size + 1)])
     for epoch in range(len(stream) // n):
         visited = stream[epoch * n:(epoch + 1) * n].tolist()
         assert sorted(visited) == list(range(n))
-        for family in data.families(rows):
-            at = visited.index(family[0])
-            assert visited[at:at + len(family)] == family
+        assert len(list(groupby(families[visited]))) == len(set(families))
 
 
 def test_order_is_a_pure_function():
@@ -895,6 +894,8 @@ def test_order_is_a_pure_function():
     by_ten = np.concatenate([order(17, 10, 3)(step) for step in range(10)])
     assert np.concatenate(there)[:100].tolist() == by_ten.tolist()
     assert order(1000, 1000, 0)(0).tolist() != order(1000, 1000, 1)(0).tolist() != list(range(1000))
+    one = order([pair([1], [2], [3])] * 1000, 1000, 0)     # a family is shuffled too, and anew in each epoch
+    assert one(0).tolist() != one(1).tolist() != list(range(1000))
 
 
 # ---- hostile input -------------------------------------------------------------------------------
