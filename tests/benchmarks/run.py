@@ -29,15 +29,14 @@ class Config:
     data: str = "oasst1"  # conversations with ranks: oasst1, or oasst1:PATH
     work: str = "runs/bench"  # where models and runs go
     # what to measure
-    tasks: tuple[str, ...] = ("sft-full", "sft-lora", "dpo-lora", "dpo-lora-16", "decode", "lengths", "data", "sizes")
+    tasks: tuple[str, ...] = ("sft-full", "sft-lora", "dpo-lora", "decode", "lengths", "data", "sizes")
     repeats: int = 3  # processes of each system; medians are reported
     steps: int = 6  # optimiser steps a process; the first is not counted
     new: int = 120  # tokens decoded
     threads: int = os.cpu_count() or 1  # threads of every system
 
 
-# Conversations or pairs in a step. TRL has up to 8 of the first and 4 of the second in memory at once.
-TRAINING = {"sft-full": 8, "sft-lora": 8, "dpo-lora": 4, "dpo-lora-16": 16}
+TRAINING = {"sft-full": 8, "sft-lora": 8, "dpo-lora": 4}  # conversations or pairs in a step
 
 
 def make_model(name: str, work: Path) -> Path:
@@ -92,11 +91,9 @@ def training(cfg: Config, folder: Path, rate: float) -> None:
     for task, batch in TRAINING.items():
         if task not in cfg.tasks:
             continue
-        dpo = task.startswith("dpo")
-        found = alternating(cfg, {s: (s, {"batch": batch, "at_once": 4 if dpo else 8}) for s in ("ours", "trl")}, task,
-                            folder)
+        found = alternating(cfg, {s: (s, {"batch": batch}) for s in ("ours", "trl")}, task, folder)
         ours, trl = found["ours"], found["trl"]
-        unit = "pairs_per_second" if dpo else "tokens_per_second"
+        unit = "pairs_per_second" if task == "dpo-lora" else "tokens_per_second"
         share = ours["operations_per_second"] / 1e9 / rate
         row(task, unit.replace("_per_second", "/s"), f"{ours[unit]:.3g}", f"{trl[unit]:.3g}",
             f"{ours[unit] / trl[unit]:.2f}", f"{ours['peak'] / 1e9:.2f}", f"{trl['peak'] / 1e9:.2f}",

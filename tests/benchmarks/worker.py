@@ -39,7 +39,7 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
     import sft
     import train
 
-    stage, length = dpo if task.startswith("dpo") else sft, options["length"]
+    stage, length = dpo if task == "dpo-lora" else sft, options["length"]
     if options.get("full_rows"):  # all of the same length, of the same text
         ids = np.concatenate([row.ids for row in shuffled(data.load_rows, path, length)])[:64 * length]
         rows = data.Data([data.Row(row, np.arange(length) % 2 > 0) for row in ids.reshape(-1, length)], [], [], "full")
@@ -82,7 +82,7 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
     done = sum(n * work[r["step"]] for r, n in zip(records, tokens, strict=True))
     result = {"tokens_per_second": sum(tokens) / sum(took), "operations_per_second": done / sum(took),
               "peak": taken["peak"], "wall": time.perf_counter() - started}
-    if task.startswith("dpo"):
+    if task == "dpo-lora":
         result["pairs_per_second"] = 1 / (sum(took) / len(took) / options["batch"] + seconds[0])
     return result
 
@@ -129,9 +129,7 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     lora = LoraConfig(r=options["rank"], lora_alpha=16, target_modules=["c_attn", "c_proj", "c_fc"],
                       fan_in_fan_out=True, task_type="CAUSAL_LM")
-    at_once = min(options["batch"], options["at_once"])
-    common = {"output_dir": out, "per_device_train_batch_size": at_once, "max_steps": options["steps"],
-              "gradient_accumulation_steps": options["batch"] // at_once,
+    common = {"output_dir": out, "per_device_train_batch_size": options["batch"], "max_steps": options["steps"],
               "learning_rate": 1e-5, "save_strategy": "no", "report_to": "none", "max_length": options["length"],
               "gradient_checkpointing": options.get("recompute", False), "bf16": False, "use_cpu": True,
               "dataloader_pin_memory": False, "disable_tqdm": True}
@@ -147,7 +145,7 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
 
     counted = []
     count = options["batch"] * options["steps"]
-    if task.startswith("dpo"):
+    if task == "dpo-lora":
         def says(ids) -> list[dict]:
             return [{"role": "assistant", "content": data.text_of(ids[:-1])}]
 
