@@ -383,8 +383,7 @@ def groups(rows: Sequence[Row | Pair], indices: Iterable[int], token_budget: int
     for i, family in zip(indices, families([rows[i] for i in indices]).tolist(), strict=True):
         found[family].append(i)
     todo = list(found.values())
-    while todo:
-        members = todo.pop()
+    for members in todo:    # which grows as it goes
         size, half = computed(rows[i] for i in members), len(members) // 2
         if half and size > token_budget:
             todo += [members[:half], members[half:]]
@@ -394,12 +393,16 @@ def groups(rows: Sequence[Row | Pair], indices: Iterable[int], token_budget: int
 
 
 def micro_batches(rows: Sequence[Row | Pair], indices: Iterable[int], token_budget: int) -> list[Batch]:
-    """The rows of a step in batches of at most `token_budget` tokens each (a single row may have more).
+    """These rows in batches of at most `token_budget` tokens each (a single row may have more)."""
+    return fill(rows, groups(rows, indices, token_budget), token_budget)
+
+
+def fill(rows: Sequence[Row | Pair], largest_first: list[tuple[int, list[int]]], token_budget: int) -> list[Batch]:
+    """Batches of these groups.
 
     As few and as even as can be had cheaply: largest groups first, each into the batch that has the fewest tokens, and
     again with more batches if that overflows.
     """
-    largest_first = groups(rows, indices, token_budget)
     total = sum(min(size, token_budget) for size, _ in largest_first)
     count = max(math.ceil(total / token_budget), sum(size > token_budget / 2 for size, _ in largest_first))
     while largest_first:

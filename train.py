@@ -30,7 +30,6 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -1077,11 +1076,11 @@ def step_batches(rows: data.Data, cfg: Settings, run: Run):
 
 def _share(rows: list, indices, budget: int, cfg: Settings, run: Run) -> list[data.Batch]:
     """This process's micro-batches: one at least, and under FSDP, whose gathers are collective, as many as any has."""
-    by_size = [members for _, members in data.groups(rows, indices, budget)]
-    shares = {rank: data.micro_batches(rows, chain(*by_size[rank::run.world]), budget)
+    groups = data.groups(rows, indices, budget)
+    shares = {rank: data.fill(rows, groups[rank::run.world], budget)
               for rank in (range(run.world) if cfg.fsdp else [run.rank])}
     missing = max(1, *map(len, shares.values())) - len(shares[run.rank])
-    return shares[run.rank] + [without_targets(data.pack(rows, by_size[-1][:1]))] * missing
+    return shares[run.rank] + [without_targets(data.pack(rows, groups[-1][1][:1]))] * missing
 
 
 def validation_batches(rows: data.Data, cfg: Settings, run: Run) -> list[data.Batch]:
