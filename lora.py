@@ -42,8 +42,9 @@ class LoRALinear(nn.Module):
         y = self.base(x.to(self.base.weight.dtype))                            # (..., out); a frozen base may be bf16
         if not self.enabled:
             return y
-        update = F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_A), self.lora_B)
-        return y.add(update, alpha=self.scale)
+        down = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)                # (..., r)
+        # not F.linear: of a B^T that lies by rows, a CPU's thin products take a half, and its gradient's a quarter
+        return y.add(down @ self.lora_B.t().contiguous(), alpha=self.scale)
 
     def merged(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """W + s B A, (out, in), summed up in fp32."""
