@@ -169,16 +169,21 @@ class GPT(nn.Module):
         """The head: (..., C) to (..., V)."""
         return self.lm_head(hidden) if self.lm_head else linear(hidden, self.wte.weight)
 
-    def target_logprobs(self, batch) -> Tensor:
+    def target_logprobs(self, batch, total: bool = False) -> Tensor:
         """log p(target | all before it) for every target of a packed batch, without its (N, V) logits.
 
-        `batch` has tokens (N,), positions (N,), spans, index (M,) and targets (M,): see `data.Batch`. Returns (M,)
-        in fp32. Only the M positions that predict something pass the head, in blocks.
+        `batch` has tokens (N,), positions (N,), spans, index (M,) and targets (M,): see `data.Batch`. Returns (M,) in
+        fp32, or with `total` their sum (). Only the M positions that predict something pass the head, a part at a time.
         """
         hidden = self.hidden(batch.tokens[None], batch.positions[None], Packed(batch.spans))[0]   # (N, C)
-        if self.distinct is None or self.wte.weight.requires_grad:
-            return LogProbs.apply(hidden[batch.index], self.wte.weight, batch.targets)            # (M,)
-        return LogProbs.apply(hidden[batch.index], self.distinct, self.place[batch.targets], self.log_count)
+        hidden, head, targets = hidden[batch.index], self.wte.weight, batch.targets               # (M, C)
+        if total and head.requires_grad and torch.is_grad_enabled():
+            return TotalLogProb.apply(hidden, head, targets)
+        if self.distinct is None or head.requires_grad:
+            logprobs = LogProbs.apply(hidden, head, targets)                                      # (M,)
+        else:
+            logprobs = LogProbs.apply(hidden, self.distinct, self.place[targets], self.log_count)
+        return logprobs.sum() if total else logprobs
 
     def share_equal_rows(self) -> None:
         """Let `target_logprobs` compute equal rows of a frozen head once: n equal logits weigh as one plus log n.
@@ -228,17 +233,16 @@ class LogProbs(torch.autograd.Function):
     Gimelshein 2018, https://arxiv.org/abs/1805.02867, algorithm 3): a running maximum and sum, rescaled when a block
     holds a larger logit. And d log p / d hidden = W[target] - softmax W is summed up on the way, as FlashAttention sums
     up its values, so a frozen head (LoRA) costs no second pass. A head that learns computes its logits once more in the
-    backward pass. Products are taken in the working precision, sums over them in fp32. A row of a frozen head may stand
-    for several equal ones, whose numbers' logarithms are `log_count` (V,).
+    backward pass, which knows how much each target counts. Products are taken in the working precision, sums over them
+    in fp32. A row of a frozen head may stand for several equal ones, whose numbers' logarithms are `log_count` (V,).
     """
 
     BLOCK = 4096  # logits of a few hundred targets stay in a CPU's cache, and each row of W is read once
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, log_count: Tensor | None = None) -> Tensor:
-        device = hidden.device.type
-        working = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        h, head, wide = hidden.to(working), weight.to(working), torch.promote_types(working, torch.float32)
+        working, wide = LogProbs.precisions(weight)
+        h, head = hidden.to(working), weight.to(working)
         top = torch.full_like(targets, -math.inf, dtype=wide)[:, None]                      # (M, 1)
         total, mean = torch.zeros_like(top), torch.zeros_like(hidden, dtype=wide)           # (M, 1), (M, C)
         for start, rows in zip(range(0, len(head), LogProbs.BLOCK), head.split(LogProbs.BLOCK), strict=True):
@@ -275,9 +279,51 @@ class LogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
     @staticmethod
+    def precisions(weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """Of products, as autocast has it, and of sums over them."""
+        device = weight.device.type
+        working = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        return working, torch.promote_types(working, torch.float32)
+
+    @staticmethod
     def logits(h: Tensor, rows: Tensor) -> Tensor:
         """h rows^T; on CUDA fp32 also from bf16 factors: near -100, where GPT-2's logits lie, bf16 steps by 0.5."""
         return torch.mm(h, rows.t(), out_dtype=torch.float32) if h.is_cuda and h.itemsize < 4 else h @ rows.t()
+
+
+class TotalLogProb(torch.autograd.Function):
+    """The sum of `LogProbs` over all targets under a head that learns: (M, C), (V, C), (M,) -> (), in fp32.
+
+    In a sum all targets count alike, so both gradients are known but for a factor as soon as the logits are, and these
+    need not be computed again (Hsu et al. 2024, https://arxiv.org/abs/2410.10989, as FusedLinearCrossEntropy):
+    d sum / d logits = 1[v = target] - softmax, a thousand targets at a time.
+    """
+
+    ROWS = 1024
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        working, wide = LogProbs.precisions(weight)
+        head, total = weight.to(working), torch.zeros((), dtype=wide, device=weight.device)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        parts = (x.split(TotalLogProb.ROWS) for x in (hidden.to(working), targets[:, None], grad_hidden))
+        for h, target, grad_h in zip(*parts, strict=True):
+            logits = LogProbs.logits(h, head).to(wide)                                      # (rows, V)
+            logits -= logits.amax(1, keepdim=True)
+            own = logits.gather(1, target)                                                  # (rows, 1)
+            odds = logits.exp_()
+            normaliser = odds.sum(1, keepdim=True)
+            total += (own - normaliser.log()).sum()
+            error = odds.div_(-normaliser).scatter_add_(1, target, torch.ones_like(own)).to(working)
+            grad_h.copy_(error @ head)
+            grad_weight += error.t() @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (grad * grad_hidden).to(grad_hidden.dtype), (grad * grad_weight).to(grad_weight.dtype), None
 
 
 # ---- who attends to whom -------------------------------------------------------------------------

@@ -55,8 +55,8 @@ PRESETS = {
 
 def sft_loss(gpt, batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Cross-entropy over the assistant's tokens: - sum over t of log p(token_t | all tokens before t)."""
-    logprobs = gpt.target_logprobs(batch)                                      # (M,), M supervised tokens
-    return -logprobs.sum(), torch.tensor(len(logprobs)), {}
+    total = gpt.target_logprobs(batch, total=True)                             # over all M supervised tokens
+    return -total, torch.tensor(len(batch.targets)), {}
 
 
 def next_commands(cfg: Config) -> str:

@@ -477,7 +477,10 @@ def memory_estimate(gpt: model.GPT, cfg: Settings, run: Run) -> int:
     per_token = (19 * width + 4) * c.n_embd + (c.n_layer - 1) * c.n_embd * (4 if cfg.recompute else 19 * width + 8)
     tokens = max(cfg.micro_batch_tokens, cfg.context)
     block = 3 * tokens * model.LogProbs.BLOCK * 4  # logits as they come, as fp32, and what the next product reads
-    head = 0 if cfg.lora_rank else c.vocab_size * c.n_embd * 4
+    head = 0
+    if not cfg.lora_rank:  # it learns: its gradient before and after it is scaled, and logits in two precisions
+        block = max(block, 2 * min(tokens, model.TotalLogProb.ROWS) * c.vocab_size * 4)
+        head = 2 * c.vocab_size * c.n_embd * 4
     sharded = (weights + 12 * learning) / (run.world if cfg.fsdp else 1)
     return int(sharded + tokens * per_token + block + head)
 

@@ -33,6 +33,7 @@ from model import (
     KVCache,
     LogProbs,
     Packed,
+    TotalLogProb,
     choose,
     generate,
     generate_batch,
@@ -361,6 +362,22 @@ def test_target_logprobs_and_gradients_equal_the_naive_form(block, frozen, monke
     same_gradients(gradients(gpt, ours @ weights), gradients(gpt, theirs @ weights))
 
 
+@pytest.mark.parametrize("frozen", [(), ("wte.weight",)])
+@pytest.mark.parametrize("rows", [1, 3, 1024])
+def test_their_total_and_its_gradients_equal_the_naive_form(rows, frozen, monkeypatch):
+    monkeypatch.setattr(TotalLogProb, "ROWS", rows)
+    gpt = random_gpt()
+    for name, parameter in gpt.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    batch, separate = pack(ROWS)
+    ours, theirs = gpt.target_logprobs(batch, total=True), naive_logprobs(gpt, separate).sum()
+    assert (type(ours.grad_fn).__name__ == "TotalLogProbBackward") is not bool(frozen)
+    close(ours, theirs)
+    same_gradients(gradients(gpt, -0.3 * ours), gradients(gpt, -0.3 * theirs))
+    with torch.no_grad():
+        close(gpt.target_logprobs(batch, total=True), theirs)
+
+
 @pytest.mark.parametrize("block", [1, 7, 4096])
 def test_equal_rows_of_a_frozen_head_computed_once_change_nothing(block, monkeypatch):
     """Some of the targets are among the words that share a row, some are not, and another two words share another."""
@@ -420,6 +437,8 @@ def test_gradcheck_of_logprobs(monkeypatch):
     assert torch.autograd.gradcheck(lambda h, w: LogProbs.apply(h, w, targets), (hidden, weight))
     assert torch.autograd.gradcheck(lambda h: LogProbs.apply(h, weight.detach(), targets), (hidden,))
     assert torch.autograd.gradcheck(lambda w: LogProbs.apply(hidden.detach(), w, targets), (weight,))
+    monkeypatch.setattr(TotalLogProb, "ROWS", 2)
+    assert torch.autograd.gradcheck(lambda h, w: TotalLogProb.apply(h, w, targets), (hidden, weight))
 
 
 def test_logprobs_worked_by_hand():
@@ -437,8 +456,11 @@ def test_a_batch_without_targets_adds_zero_and_no_nan():
     logprobs = gpt.target_logprobs(batch)
     assert logprobs.shape == (0,)
     assert logprobs.sum().item() == 0
-    for gradient in gradients(gpt, logprobs.sum()).values():
-        assert (gradient == 0).all()
+    total = gpt.target_logprobs(batch, total=True)
+    assert total.item() == 0
+    for loss in (logprobs.sum(), total):
+        for gradient in gradients(gpt, loss).values():
+            assert (gradient == 0).all()
 
 
 def test_the_logits_of_a_whole_batch_never_exist_in_training(monkeypatch):
@@ -453,6 +475,7 @@ def test_the_logits_of_a_whole_batch_never_exist_in_training(monkeypatch):
             return out
 
     monkeypatch.setattr(LogProbs, "BLOCK", 10)
+    monkeypatch.setattr(TotalLogProb, "ROWS", 5)
     gpt = random_gpt()
     batch, _ = pack(ROWS)
     targets = len(batch.targets)
@@ -460,6 +483,10 @@ def test_the_logits_of_a_whole_batch_never_exist_in_training(monkeypatch):
         gradients(gpt, gpt.target_logprobs(batch).sum())
     assert (targets, 10) in seen.found and (targets, 1) in seen.found  # 61 tokens: six blocks of ten, and one of one
     assert not any(61 in shape and 16 not in shape for shape in seen.found)  # but for the weights, which are 16 wide
+    with Shapes() as seen:
+        gradients(gpt, gpt.target_logprobs(batch, total=True))
+    assert (5, 61) in seen.found and targets > 5
+    assert all(math.prod(shape) <= 5 * 61 for shape in seen.found if 61 in shape and 16 not in shape)
     with Shapes() as seen:
         gpt(batch.tokens[None, :20])
     assert (1, 20, 61) in seen.found  # this is how the naive form would have shown
@@ -471,13 +498,15 @@ def test_autocast_computes_in_bf16_but_returns_fp32():
     exact = gpt.target_logprobs(batch)
     exact_gradients = gradients(gpt, exact.sum())
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = gpt.target_logprobs(batch)
-    assert rounded.dtype == torch.float32
+        rounded, total = gpt.target_logprobs(batch), gpt.target_logprobs(batch, total=True)
+    assert rounded.dtype == total.dtype == torch.float32
     close(rounded, exact, 0.05)
+    close(total / len(exact), exact.mean(), 0.05)
     assert not torch.equal(rounded, exact)
-    for name, gradient in gradients(gpt, rounded.sum()).items():
-        assert gradient.dtype == torch.float32
-        assert (gradient - exact_gradients[name]).norm() < 0.05 * exact_gradients[name].norm(), name
+    for loss in (rounded.sum(), total):
+        for name, gradient in gradients(gpt, loss).items():
+            assert gradient.dtype == torch.float32
+            assert (gradient - exact_gradients[name]).norm() < 0.05 * exact_gradients[name].norm(), name
 
 
 def test_in_bf16_a_certain_token_has_probability_one():

@@ -513,10 +513,10 @@ def memory_for_80_tokens() -> None:
 
     logprobs = model.GPT.target_logprobs
 
-    def scarce(gpt, batch):
+    def scarce(gpt, batch, **options):
         if gpt.training and len(batch.tokens) > 80:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return logprobs(gpt, batch)
+        return logprobs(gpt, batch, **options)
 
     model.GPT.target_logprobs = scarce
 
@@ -539,7 +539,7 @@ def memory_until_step_4() -> None:
 
     loss, step = sft.sft_loss, count_steps()
 
-    def scarce(gpt, batch):
+    def scarce(gpt, batch, **options):
         if gpt.training and step() == 5:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return loss(gpt, batch)
