@@ -91,11 +91,10 @@ def operations(batch, task: str) -> float:
     """Floating-point operations of GPT-2 124M's products with its weights, forward and backward.
 
     Two for each weight and token in the forward pass, for the activations' gradient and, but for LoRA, for the
-    weights'. The head has its activations' gradient from the forward pass, and computes its logits again if it learns.
+    weights'.
     """
     blocks, head = 12 * 12 * 768**2, 50257 * 768
-    full = task == "sft-full"
-    return 2 * (len(batch.tokens) * blocks * (3 if full else 2) + len(batch.targets) * head * (4 if full else 2))
+    return 2 * (len(batch.tokens) * blocks + len(batch.targets) * head) * (3 if task == "sft-full" else 2)
 
 
 def ours_generate(folder: str, options: dict) -> dict:
