@@ -348,13 +348,18 @@ def test_the_replies_of_a_pair_do_not_see_one_another():
 # ---- log-probabilities of targets ----------------------------------------------------------------
 
 
+def partly_frozen(prefixes: tuple[str, ...]) -> GPT:
+    gpt = random_gpt()
+    for name, parameter in gpt.named_parameters():
+        parameter.requires_grad_(not name.startswith(prefixes))
+    return gpt
+
+
 @pytest.mark.parametrize("frozen", [(), ("wte.weight",), ("wte.weight", "wpe.weight", "h.0.")])
 @pytest.mark.parametrize("block", [1, 7, 4096])
 def test_target_logprobs_and_gradients_equal_the_naive_form(block, frozen, monkeypatch):
     monkeypatch.setattr(LogProbs, "BLOCK", block)
-    gpt = random_gpt()
-    for name, parameter in gpt.named_parameters():
-        parameter.requires_grad_(not name.startswith(frozen))
+    gpt = partly_frozen(frozen)
     batch, separate = pack(ROWS)
     weights = torch.linspace(-1, 2, len(batch.targets)).double()  # every target pulls with its own force
     ours, theirs = gpt.target_logprobs(batch), naive_logprobs(gpt, separate)
@@ -366,9 +371,7 @@ def test_target_logprobs_and_gradients_equal_the_naive_form(block, frozen, monke
 @pytest.mark.parametrize("rows", [1, 3, 1024])
 def test_their_total_and_its_gradients_equal_the_naive_form(rows, frozen, monkeypatch):
     monkeypatch.setattr(TotalLogProb, "ROWS", rows)
-    gpt = random_gpt()
-    for name, parameter in gpt.named_parameters():
-        parameter.requires_grad_(not name.startswith(frozen))
+    gpt = partly_frozen(frozen)
     batch, separate = pack(ROWS)
     ours, theirs = gpt.target_logprobs(batch, total=True), naive_logprobs(gpt, separate).sum()
     assert (type(ours.grad_fn).__name__ == "TotalLogProbBackward") is not bool(frozen)

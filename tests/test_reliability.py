@@ -539,7 +539,7 @@ def memory_until_step_4() -> None:
 
     loss, step = sft.sft_loss, count_steps()
 
-    def scarce(gpt, batch, **options):
+    def scarce(gpt, batch):
         if gpt.training and step() == 5:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return loss(gpt, batch)
