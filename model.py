@@ -51,19 +51,20 @@ SIZES = {
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear; of few rows, which is what generation has, as W x^T on all of a CPU's cores: (..., in) to (..., out).
 
-    For few columns MKL is faster at W x^T than at x W^T for few rows: twice for 4 of them, a third for 64, a tenth for
-    256. But it leaves a single column to one core, which cannot read W as fast as the memory gives it. As a batch of
-    smaller products, the rows of W dealt out to the cores, all of them read.
+    For few columns MKL is faster at W x^T than at x W^T for few rows: of GPT-2's, 4 take a third of the time, 64 three
+    quarters. But it leaves a single column to one core, which cannot read W as fast as the memory gives it. As a batch
+    of smaller products, the rows of W dealt out to the cores, all of them read.
     """
     rows, parts = x.numel() // weight.shape[1], torch.get_num_threads()
-    if (not 0 < rows <= 256 or torch.is_grad_enabled() or x.device.type != "cpu" or not torch.backends.mkl.is_available()
-            or weight.dtype not in (torch.float32, torch.float64)):
+    few = 0 < rows <= weight.shape[1] // 6  # of more, y takes longer to turn around than the product gains
+    few = few and x.device.type == "cpu" and not torch.is_grad_enabled()
+    if not few or weight.dtype not in (torch.float32, torch.float64) or not torch.backends.mkl.is_available():
         return F.linear(x, weight, bias)
     share, columns = len(weight) // parts, x.reshape(rows, -1).t()                                  # (in, rows)
     y = torch.bmm(weight[:share * parts].unflatten(0, (parts, share)), columns.expand(parts, -1, -1)).flatten(0, 1)
     if len(y) < len(weight):
         y = torch.cat([y, weight[share * parts:] @ columns])
-    y = y.t().contiguous().unflatten(0, x.shape[:-1])
+    y = y.t().contiguous().view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
@@ -245,26 +246,26 @@ class LogProbs(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, log_count: Tensor | None = None) -> Tensor:
         working, wide = LogProbs.precisions(weight)
         h, head = hidden.to(working), weight.to(working)
-        top = torch.full_like(targets, -math.inf, dtype=wide)[:, None]                      # (M, 1)
-        total, mean = torch.zeros_like(top), torch.zeros_like(hidden, dtype=wide)           # (M, 1), (M, C)
+        top = torch.full_like(targets, -math.inf, dtype=wide)                               # (M,)
+        total, mean = torch.zeros_like(top), torch.zeros_like(hidden, dtype=wide)           # (M,), (M, C)
         for start, rows in zip(range(0, len(head), LogProbs.BLOCK), head.split(LogProbs.BLOCK), strict=True):
-            logits = LogProbs.logits(h, rows)                                               # (M, block)
+            logits = LogProbs.logits(h, rows)                                               # (block, M)
             rounded, logits = logits.dtype, logits.to(wide)
             if log_count is not None:
-                logits.add_(log_count[start:start + LogProbs.BLOCK])
-            higher = torch.maximum(top, logits.amax(1, keepdim=True))
+                logits.add_(log_count[start:start + LogProbs.BLOCK, None])
+            higher = torch.maximum(top, logits.amax(0))
             rescale, likelihood = (top - higher).exp(), logits.sub_(higher).exp_()
-            total = total * rescale + likelihood.sum(1, keepdim=True)
+            total = total * rescale + likelihood.sum(0)
             if ctx.needs_input_grad[0]:
-                mean = mean * rescale + likelihood.to(working) @ rows
+                mean = mean * rescale[:, None] + likelihood.to(working).t() @ rows
             top = higher
         chosen = head[targets].to(wide)                                                     # (M, C)
-        logsumexp = top + total.log()                                                       # (M, 1)
-        ctx.save_for_backward(hidden, weight, targets, logsumexp, chosen - mean / total)
+        logsumexp = top + total.log()                                                       # (M,)
+        ctx.save_for_backward(hidden, weight, targets, logsumexp, chosen - mean / total[:, None])
         ctx.working = working
         # rounded as its twin among the logits was, or the two errors would not cancel and p could exceed 1
-        own = (h * chosen).sum(1, keepdim=True).to(rounded).to(wide)                        # (M, 1)
-        return (own - logsumexp)[:, 0]
+        own = (h * chosen).sum(1).to(rounded).to(wide)                                      # (M,)
+        return own - logsumexp
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -274,9 +275,9 @@ class LogProbs(torch.autograd.Function):
             h, head, grad_weight = hidden.to(ctx.working), weight.to(ctx.working), torch.empty_like(weight)
             scaled = h * grad[:, None].to(h.dtype)                                          # (M, C)
             for rows, grad_rows in zip(head.split(LogProbs.BLOCK), grad_weight.split(LogProbs.BLOCK), strict=True):
-                logits = LogProbs.logits(h, rows).to(logsumexp.dtype)                       # (M, block)
+                logits = LogProbs.logits(h, rows).to(logsumexp.dtype)                       # (block, M)
                 softmax = logits.sub_(logsumexp).exp_()
-                grad_rows.copy_(-softmax.to(h.dtype).t() @ scaled)
+                grad_rows.copy_(-softmax.to(h.dtype) @ scaled)
             grad_weight.index_add_(0, targets, scaled.to(weight.dtype))
         return grad_hidden, grad_weight, None, None
 
@@ -289,8 +290,8 @@ class LogProbs(torch.autograd.Function):
 
     @staticmethod
     def logits(h: Tensor, rows: Tensor) -> Tensor:
-        """h rows^T; on CUDA fp32 also from bf16 factors: near -100, where GPT-2's logits lie, bf16 steps by 0.5."""
-        return torch.mm(h, rows.t(), out_dtype=torch.float32) if h.is_cuda and h.itemsize < 4 else h @ rows.t()
+        """rows h^T; on CUDA fp32 also from bf16 factors: near -100, where GPT-2's logits lie, bf16 steps by 0.5."""
+        return torch.mm(rows, h.t(), out_dtype=torch.float32) if h.is_cuda and h.itemsize < 4 else rows @ h.t()
 
 
 class TotalLogProb(torch.autograd.Function):
@@ -308,17 +309,17 @@ class TotalLogProb(torch.autograd.Function):
         working, wide = LogProbs.precisions(weight)
         head, total = weight.to(working), torch.zeros((), dtype=wide, device=weight.device)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        parts = (x.split(TotalLogProb.ROWS) for x in (hidden.to(working), targets[:, None], grad_hidden))
+        parts = (x.split(TotalLogProb.ROWS) for x in (hidden.to(working), targets, grad_hidden))
         for h, target, grad_h in zip(*parts, strict=True):
-            logits = LogProbs.logits(h, head).to(wide)                                      # (rows, V)
-            logits -= logits.amax(1, keepdim=True)
-            own = logits.gather(1, target)                                                  # (rows, 1)
+            logits = LogProbs.logits(h, head).to(wide)                                      # (V, rows)
+            logits -= logits.amax(0)
+            own = logits.gather(0, target[None])                                            # (1, rows)
             odds = logits.exp_()
-            normaliser = odds.sum(1, keepdim=True)
+            normaliser = odds.sum(0)
             total += (own - normaliser.log()).sum()
-            error = odds.div_(-normaliser).scatter_add_(1, target, torch.ones_like(own)).to(working)
-            grad_h.copy_(error @ head)
-            grad_weight += error.t() @ h
+            error = odds.div_(-normaliser).scatter_add_(0, target[None], torch.ones_like(own)).to(working)
+            grad_h.copy_(error.t() @ head)
+            grad_weight += error @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
