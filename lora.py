@@ -44,7 +44,7 @@ class LoRALinear(nn.Module):
             return y
         down = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)                # (..., r)
         # not F.linear: of a B^T that lies by rows, a CPU's thin products take a half, and its gradient's a quarter
-        return y.add(down @ self.lora_B.t().contiguous(), alpha=self.scale)
+        return y + self.scale * down @ self.lora_B.t().contiguous()
 
     def merged(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """W + s B A, (out, in), summed up in fp32."""

@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, attend, layer: int, dropout: float) -> Tensor:
         heads = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))             # (B, T, 3, H, D)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)                                 # each (B, H, T, D)
+        q, k, v = (z.transpose(1, 2) for z in heads.unbind(2))                 # each (B, H, T, D)
         y = attend(layer, q, k, v, dropout)                                    # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).flatten(2))                       # (B, T, C)
 
@@ -308,7 +308,7 @@ class TotalLogProb(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         working, wide = LogProbs.precisions(weight)
         head, total = weight.to(working), torch.zeros((), dtype=wide, device=weight.device)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
         parts = (x.split(TotalLogProb.ROWS) for x in (hidden.to(working), targets, grad_hidden))
         for h, target, grad_h in zip(*parts, strict=True):
             logits = LogProbs.logits(h, head).to(wide)                                      # (V, rows)
@@ -319,7 +319,8 @@ class TotalLogProb(torch.autograd.Function):
             total += (own - normaliser.log()).sum()
             error = odds.div_(-normaliser).scatter_add_(0, target[None], torch.ones_like(own)).to(working)
             grad_h.copy_(error.t() @ head)
-            grad_weight += error @ h
+            grad = (error @ h).to(weight.dtype)                                             # (V, C)
+            grad_weight = grad if grad_weight is None else grad_weight.add_(grad)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
@@ -367,7 +368,7 @@ class Packed:
                 self.masks[i] = sees_up_to_itself(span.tokens, keys.shape[2], keys.device)
             mixed.append(F.scaled_dot_product_attention(q[i], keys, values, attn_mask=self.masks[i],
                                                         dropout_p=dropout))
-        return torch.cat(mixed, dim=2)
+        return torch.cat([y.transpose(1, 2) for y in mixed], dim=1).transpose(1, 2)
 
 
 class KVCache:
