@@ -24,10 +24,11 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def shuffled(load, path: str, length: int) -> list:
-    """The rows, of at most so many tokens, as one shuffles them who knows nothing of trees and prompts."""
-    rows = load([path], context=length, val_fraction=0.0, seed=0).train
-    return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+def rows_of_steps(load, path: str, options: dict) -> list:
+    """The rows of all steps, of at most so many tokens, in the order in which they are taken: every system's."""
+    rows = load([path], context=options["length"], val_fraction=0.0, seed=0).train
+    order = data.Order(rows, options["batch"], seed=0)
+    return [rows[i] for step in range(options["steps"]) for i in order(step)]
 
 
 # ---- ours ----------------------------------------------------------------------------------------
@@ -41,7 +42,8 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
 
     stage, length = dpo if task == "dpo-lora" else sft, options["length"]
     if options.get("full_rows"):  # all of the same length, of the same text
-        ids = np.concatenate([row.ids for row in shuffled(data.load_rows, path, length)])[:64 * length]
+        rows = data.load_rows([path], context=length, val_fraction=0.0, seed=0).train
+        ids = np.concatenate([row.ids for row in rows])[:64 * length]
         rows = data.Data([data.Row(row, np.arange(length) % 2 > 0) for row in ids.reshape(-1, length)], [], [], "full")
         data.load_rows = lambda *_, **__: rows
     cfg = stage.Config(model=folder, data=(path,), out=out, steps=options["steps"], batch_size=options["batch"],
@@ -66,7 +68,7 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
     def timed(*args):
         began = time.perf_counter()
         table = reference(*args)
-        seconds.append((time.perf_counter() - began) / len(table))
+        seconds.append(time.perf_counter() - began)
         return table
 
     dpo.reference_logprobs = timed
@@ -83,7 +85,8 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
     result = {"tokens_per_second": sum(tokens) / sum(took), "operations_per_second": done / sum(took),
               "peak": taken["peak"], "wall": time.perf_counter() - started}
     if task == "dpo-lora":
-        result["pairs_per_second"] = 1 / (sum(took) / len(took) / options["batch"] + seconds[0])
+        share = sum(tokens) / records[-1]["tokens"]  # the reference also read the first step's pairs
+        result["pairs_per_second"] = len(took) * options["batch"] / (sum(took) + share * seconds[0])
     return result
 
 
@@ -130,7 +133,8 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
                       fan_in_fan_out=True, task_type="CAUSAL_LM")
     common = {"output_dir": out, "per_device_train_batch_size": options["batch"], "max_steps": options["steps"],
               "learning_rate": 1e-5, "save_strategy": "no", "report_to": "none", "max_length": options["length"],
-              "gradient_checkpointing": options.get("recompute", False), "bf16": False, "use_cpu": True,
+              "gradient_checkpointing": options.get("recompute", False), "bf16": False,
+              "train_sampling_strategy": "sequential", "use_cpu": True,
               "dataloader_pin_memory": False, "disable_tqdm": True}
     stamps = []
 
@@ -143,18 +147,16 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
             stamps[-1][1] = time.perf_counter()
 
     counted = []
-    count = options["batch"] * options["steps"]
     if task == "dpo-lora":
         def says(ids) -> list[dict]:
             return [{"role": "assistant", "content": data.text_of(ids[:-1])}]
 
         rows = [{"prompt": data.messages_of(p.prompt)[:-1], "chosen": says(p.chosen), "rejected": says(p.rejected)}
-                for p in shuffled(data.load_pairs, path, options["length"])[:count]]
+                for p in rows_of_steps(data.load_pairs, path, options)]
         trainer = DPOTrainer(network, args=DPOConfig(**common, beta=0.1), train_dataset=Dataset.from_list(rows),
                              processing_class=tokenizer, peft_config=lora, callbacks=[Clock()])
     else:
-        rows = [{"messages": data.messages_of(r.ids)}
-                for r in shuffled(data.load_rows, path, options["length"])[:count]]
+        rows = [{"messages": data.messages_of(r.ids)} for r in rows_of_steps(data.load_rows, path, options)]
         trainer = SFTTrainer(network, args=SFTConfig(**common, assistant_only_loss=True, packing=False),
                              train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                              peft_config=lora if task == "sft-lora" else None, callbacks=[Clock()])
