@@ -57,8 +57,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     rows, parts = x.numel() // weight.shape[1], torch.get_num_threads()
     few = 0 < rows <= weight.shape[1] // 6  # of more, y takes longer to turn around than the product gains
-    few = few and x.device.type == "cpu" and not torch.is_grad_enabled()
-    if not few or weight.dtype not in (torch.float32, torch.float64) or not torch.backends.mkl.is_available():
+    mkl = (x.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+           and torch.backends.mkl.is_available())
+    if torch.is_grad_enabled() or not (few and mkl):
         return F.linear(x, weight, bias)
     share, columns = len(weight) // parts, x.reshape(rows, -1).t()                                  # (in, rows)
     y = torch.bmm(weight[:share * parts].unflatten(0, (parts, share)), columns.expand(parts, -1, -1)).flatten(0, 1)
@@ -368,6 +369,7 @@ class Packed:
                 self.masks[i] = sees_up_to_itself(span.tokens, keys.shape[2], keys.device)
             mixed.append(F.scaled_dot_product_attention(q[i], keys, values, attn_mask=self.masks[i],
                                                         dropout_p=dropout))
+        # joined as (1, N, H, D), which is how the next projection reads it: else all would be copied once more
         return torch.cat([y.transpose(1, 2) for y in mixed], dim=1).transpose(1, 2)
 
 
@@ -393,7 +395,7 @@ class KVCache:
         self.keys[layer, :, :, self.length:end] = k
         self.values[layer, :, :, self.length:end] = v
         if self.length == 0 and self.pads is None:  # a prompt: without a mask, the kernel skips what none may see
-            return causal_attention(layer, q, k, v, dropout)
+            return causal_attention(layer, q, k, v, dropout=0.0)
         k, v = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]    # (B, H, end, D)
         mask = None if new == 1 else sees_up_to_itself(new, end, k.device)
         if self.pads is not None:
@@ -550,7 +552,7 @@ class Int8Linear(nn.Module):
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.int8, self.one)
         else:  # a prompt: arithmetic is what limits it, so the weight becomes a matrix once for all rows
             y = linear(rows, self.int8.to(x.dtype))
-        y = torch.addcmul(self.bias, y, self.scale)                            # rounded before, not after
+        y = torch.addcmul(self.bias, y, self.scale)                            # what the kernel rounds is y alone
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 

@@ -216,15 +216,20 @@ def test_recomputed_activations_change_nothing(dropout):
 @pytest.mark.parametrize("shape", [(24, 16), (61, 16), (7, 48)], ids=str)
 @pytest.mark.parametrize("rows", [(1, 1), (1,), (), (1, 2), (2, 4), (9,), (0, 4)], ids=str)
 def test_a_product_dealt_out_to_the_cores_is_the_same_product(rows, shape, threads, monkeypatch):
-    """Outputs that the cores cannot share evenly too; and no rows at all."""
+    """Outputs that the cores cannot share evenly too, and no rows at all; and its gradient."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    layer, x = model.Linear(shape[1], shape[0]).double(), torch.randn(*rows, shape[1], dtype=torch.double)
+    layer = model.Linear(shape[1], shape[0]).double()
+    x = torch.randn(*rows, shape[1], dtype=torch.double, requires_grad=True)
+    plain = F.linear(x, layer.weight, layer.bias)
     with torch.no_grad():
-        for ours, plain in ((layer(x), F.linear(x, layer.weight, layer.bias)),
-                            (model.linear(x, layer.weight), F.linear(x, layer.weight))):
-            assert ours.shape == plain.shape
-            assert ours.stride() == plain.stride()
-            close(ours, plain)
+        for ours, theirs in ((layer(x), plain), (model.linear(x, layer.weight), F.linear(x, layer.weight))):
+            assert ours.shape == theirs.shape
+            assert ours.stride() == theirs.stride()
+            close(ours, theirs)
+    wanted = torch.autograd.grad(plain.square().sum(), (x, layer.weight, layer.bias))
+    for ours, theirs in zip(torch.autograd.grad(layer(x).square().sum(), (x, layer.weight, layer.bias)), wanted,
+                            strict=True):
+        close(ours, theirs)
 
 
 def test_few_rows_without_gradients_are_dealt_out_to_the_cores(monkeypatch):
