@@ -31,7 +31,7 @@ class Config:
     # what to measure
     tasks: tuple[str, ...] = ("sft-full", "sft-lora", "dpo-lora", "decode", "lengths", "data", "sizes")
     repeats: int = 3  # processes of each system; medians are reported
-    steps: int = 6  # optimiser steps a process; the first is not counted
+    steps: int = 6  # optimiser steps a process
     new: int = 120  # tokens decoded
     threads: int = os.cpu_count() or 1  # threads of every system
 

@@ -1,7 +1,8 @@
 """One measurement in a process of its own: `worker.py SYSTEM TASK FOLDER DATA OUT OPTIONS-AS-JSON`.
 
 SYSTEM is ours, trl, transformers or ctranslate2. Prints one JSON object. The peak memory is this process's alone, and
-every system counts the same thing: real tokens (or pairs) trained on, not padding, in the steps after the first.
+every system counts the same thing: the real tokens (or pairs) of the same rows, not padding, and the seconds of all its
+steps. Each takes these rows in its own order, as its users would: TRL's batches are shuffled, ours go by trees.
 """
 
 import json
@@ -10,6 +11,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,11 +26,16 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def measured_steps(rows: list, options: dict) -> list[int]:
+    """The steps that are measured, evenly spread over an epoch: how rows differ in length is then as in all of it."""
+    return [i * (len(rows) // options["batch"]) // options["steps"] for i in range(options["steps"])]
+
+
 def rows_of_steps(load, path: str, options: dict) -> list:
-    """The rows of all steps, of at most so many tokens, in the order in which they are taken: every system's."""
+    """The rows of the measured steps, of at most so many tokens, in the order in which ours takes them."""
     rows = load([path], context=options["length"], val_fraction=0.0, seed=0).train
     order = data.Order(rows, options["batch"], seed=0)
-    return [rows[i] for step in range(options["steps"]) for i in order(step)]
+    return [rows[i] for step in measured_steps(rows, options) for i in order(step)]
 
 
 # ---- ours ----------------------------------------------------------------------------------------
@@ -52,12 +59,12 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
                        micro_batch_tokens=options["micro_batch_tokens"], recompute=options.get("recompute", False))
     started, taken, seconds, work, step_batches = time.perf_counter(), {}, [], {}, stage.step_batches
 
-    def watched(*args):
-        batches = step_batches(*args)
+    def watched(rows, *args):
+        batches, steps = step_batches(rows, *args), measured_steps(rows.train, options)
 
         def of(step, budget):
-            found = batches(step, budget)
-            work[step + 1] = sum(operations(batch, task) for batch in found) / sum(b.row_tokens for b in found)
+            found = batches(steps[step], budget)
+            work[step] = sum(operations(batch, task) for batch in found)
             return found
 
         return of
@@ -78,16 +85,15 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
         stage.main(cfg)
     finally:
         train.save_checkpoint, stage.step_batches = original, step_batches
-    records = train.read_metrics(Path(out))[1:]
-    took = [options["batch"] / r[f"{cfg.row_name}_per_second"] for r in records]
-    tokens = [r["tokens_per_second"] * t for r, t in zip(records, took, strict=True)]
-    done = sum(n * work[r["step"]] for r, n in zip(records, tokens, strict=True))
-    result = {"tokens_per_second": sum(tokens) / sum(took), "operations_per_second": done / sum(took),
-              "peak": taken["peak"], "wall": time.perf_counter() - started}
-    if task == "dpo-lora":
-        share = sum(tokens) / records[-1]["tokens"]  # the reference also read the first step's pairs
-        result["pairs_per_second"] = len(took) * options["batch"] / (sum(took) + share * seconds[0])
-    return result
+    records = train.read_metrics(Path(out))
+    took = sum(options["batch"] / record[f"{cfg.row_name}_per_second"] for record in records)
+    return rates(took + sum(seconds), records[-1]["tokens"], options) | {
+        "operations_per_second": sum(work.values()) / took, "peak": taken["peak"],
+        "wall": time.perf_counter() - started}
+
+
+def rates(seconds: float, tokens: int, options: dict) -> dict:
+    return {"tokens_per_second": tokens / seconds, "pairs_per_second": options["steps"] * options["batch"] / seconds}
 
 
 def operations(batch, task: str) -> float:
@@ -134,19 +140,16 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
     common = {"output_dir": out, "per_device_train_batch_size": options["batch"], "max_steps": options["steps"],
               "learning_rate": 1e-5, "save_strategy": "no", "report_to": "none", "max_length": options["length"],
               "gradient_checkpointing": options.get("recompute", False), "bf16": False,
-              "train_sampling_strategy": "sequential", "use_cpu": True,
-              "dataloader_pin_memory": False, "disable_tqdm": True}
-    stamps = []
+              "use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True}
+    took, tokens = [], []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            stamps.append([time.perf_counter(), 0.0])
-            counted.append(0)
+            took.append(-time.perf_counter())
 
         def on_step_end(self, *_, **__):
-            stamps[-1][1] = time.perf_counter()
+            took[-1] += time.perf_counter()
 
-    counted = []
     if task == "dpo-lora":
         def says(ids) -> list[dict]:
             return [{"role": "assistant", "content": data.text_of(ids[:-1])}]
@@ -163,14 +166,12 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
     original = trainer.training_step
 
     def counting(module, inputs, *more):
-        counted[-1] += int(inputs["attention_mask"].sum())
+        tokens.append(int(inputs["attention_mask"].sum()))
         return original(module, inputs, *more)
 
     trainer.training_step = counting
     trainer.train()
-    took = [end - begin for begin, end in stamps][1:]
-    return {"tokens_per_second": sum(counted[1:]) / sum(took), "peak": peak(),
-            "pairs_per_second": len(took) * options["batch"] / sum(took)}
+    return rates(sum(took), sum(tokens), options) | {"peak": peak()}
 
 
 def transformers_generate(folder: str, options: dict) -> dict:
@@ -225,8 +226,9 @@ def decode_figures(run, options: dict) -> dict:
     for context in options["contexts"]:
         prompt = torch.randint(0, 50000, (context,)).tolist()
         run(prompt, 4)
-        stamps = run(prompt, options["new"])
-        figures[f"first_{context}"] = stamps[1] - stamps[0]
+        stamps = [run(prompt, 4) for _ in range(5)] + [run(prompt, options["new"])]
+        figures[f"first_{context}"] = median(s[1] - s[0] for s in stamps)
+        stamps = stamps[-1]
         figures[f"decode_{context}"] = (len(stamps) - 2) / (stamps[-1] - stamps[1])
     return figures | {"peak": peak()}
 
