@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -95,7 +96,7 @@ def reply(gpt, messages: data.Conversation, cfg: Config, *, cache=None, seed: in
     """Stream the assistant's next message: for every token a piece of text, together exactly its content.
 
     A piece may be empty: bytes wait for the rest of their character, and white space waits for what follows it,
-    because content is stripped at both ends. Control characters come visible, so a piece can be printed as it is.
+    because content is stripped at both ends. A piece may hold control characters: `Wrap` makes them visible.
     With the same `cache` from turn to turn, only what is new is computed.
     """
     stats, began = stats or Stats(), time.perf_counter()
@@ -113,7 +114,7 @@ def reply(gpt, messages: data.Conversation, cfg: Config, *, cache=None, seed: in
             stats.first = stats.first or time.perf_counter() - began
             known = token < data.EOT  # a vocabulary may be padded to a rounder number than GPT-2's
             code = data.tokenizer().decode_single_token_bytes(token) if known else "\N{REPLACEMENT CHARACTER}".encode()
-            text = space + data.visible(decoder.decode(code))
+            text = space + decoder.decode(code)
             text = text if begun else text.lstrip()
             begun, piece = begun or bool(text), text.rstrip()
             space = text[len(piece):]
@@ -150,6 +151,7 @@ class Wrap:
         self.column = 0
 
     def feed(self, text: str) -> None:
+        text = data.visible(text)
         if not self.width:
             return self.write(text)
         for character in text.replace("\t", "    "):
@@ -219,7 +221,7 @@ class Screen:
         """Print a text, wherever it comes from, wrapped and harmless."""
         lines: list[str] = []
         wrap = Wrap(lines.append, self.width)
-        wrap.feed(data.visible(text))
+        wrap.feed(text)
         wrap.flush()
         self.write(self.paint("".join(lines), style) + "\n")
 
@@ -308,7 +310,11 @@ class Chat:
                 model.quantise(gpt)
             return gpt
 
-        self.loading: Future = self.loader.submit(load)
+        if Path(folder).is_dir():
+            self.loading: Future = self.loader.submit(load)
+        else:  # a download is waited for: its progress needs the screen, and Ctrl-C has to end it
+            self.loading = Future()
+            self.loading.set_result(load())
         self.cache, self.stats, self.replies = None, Stats(), 0
 
     @property
@@ -534,7 +540,7 @@ class Session:
             raise ValueError(f"There is no command {name}{f'; did you mean {close[0]}?' if close else '.'} "
                              "All of them: /help. A message that begins with / can begin with // instead.")
         elif text.strip():
-            self.ask(re.sub("^//", "/", text.strip()))
+            self.ask(re.sub(r"^/(?=/+\w)", "", text.strip()))
         else:
             self.replacing = False
 
@@ -620,7 +626,7 @@ def edit(session: Session, argument: str) -> None:
     It appears in the prompt. Sent, it replaces the last exchange; emptied, it leaves everything as it was.
     """
     question = session.last_question
-    session.draft, session.replacing = "/" * question.startswith("/") + question, True
+    session.draft, session.replacing = re.sub(r"^(?=/+\w)", "/", question), True  # so that it is no command
 
 
 @command
@@ -653,7 +659,7 @@ def save(session: Session, argument: str) -> None:
     """FILE: add the conversation to a file of training data
 
     It becomes a line {"messages": [...]}; with several models, a line for each. What stands in FILE stays.
-    To learn from it: uv run sft.py --data FILE
+    To learn from it: uv run sft.py --model MODEL --data FILE --out runs/mine
     """
     path, lines = file_named(argument), ""
     for chat in session.chats:
@@ -664,12 +670,15 @@ def save(session: Session, argument: str) -> None:
     if not lines:
         raise ValueError("There is nothing to save yet.")
     if path.exists() and path.stat().st_size:
+        if path.suffix == ".json" or path.read_bytes().startswith(b"\x1f\x8b"):
+            raise ValueError(f"{path} takes no further lines; name a .jsonl file.")
         read_conversations(path)  # raises, rather than adding to a file of another kind
         lines = lines if path.read_bytes().endswith(b"\n") else "\n" + lines
     with path.open("a", encoding="utf-8") as file:
         file.write(lines)
+    command = shlex.join(["--model", session.chats[0].name, "--data", str(path), "--out", "runs/mine"])
     session.screen.say(f"(conversations in {path}: {len(read_conversations(path)):,}; to learn from them: "
-                       f"uv run sft.py --data {path})", "note")
+                       f"uv run sft.py {command})", "note")
 
 
 @command
@@ -678,7 +687,7 @@ def load(session: Session, argument: str) -> None:
     name, _, line = argument.rpartition(" ")
     name, line = (name, int(line)) if name and line.isdecimal() else (argument, 0)
     found = read_conversations(file_named(name))
-    if line > len(found):
+    if not found or line > len(found):
         raise ValueError(f"{name} has no more than {len(found):,}.")
     messages = found[line - 1]
     session.system = list(takewhile(lambda message: message["role"] == "system", messages))
@@ -793,7 +802,8 @@ def prompt_reader(session: Session) -> Callable[[], str]:
 
     @keys.add("enter", filter=~is_searching)  # Ctrl-R's search has an Enter and a Ctrl-C of its own
     def _(event):
-        if event.current_buffer.text.endswith("\\"):
+        if event.current_buffer.document.text_before_cursor.endswith("\\"):
+            event.current_buffer.delete_before_cursor()
             event.current_buffer.newline(copy_margin=False)
         else:
             event.current_buffer.validate_and_handle()
@@ -807,6 +817,7 @@ def prompt_reader(session: Session) -> Callable[[], str]:
         if event.current_buffer.text:
             event.current_buffer.append_to_history()  # Up brings it back
             event.current_buffer.reset()
+            session.replacing = False
         else:
             event.app.exit(exception=KeyboardInterrupt)
 
@@ -823,11 +834,12 @@ def prompt_reader(session: Session) -> Callable[[], str]:
         ANSI(session.screen.paint("> ", "you")), prompt_continuation="  ", placeholder=placeholder, multiline=True,
         key_bindings=keys, history=History(file) if file else InMemoryHistory(), completer=Completions(),
         complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
-        enable_open_in_editor=True, output=output, color_depth=None if session.screen.colour else ColorDepth.MONOCHROME)
+        enable_open_in_editor=True, enable_suspend=True, output=output,
+        color_depth=None if session.screen.colour else ColorDepth.MONOCHROME)
 
     def read() -> str:
         draft, session.draft = session.draft, ""
-        text = prompt.prompt(default=draft).replace("\\\n", "\n")
+        text = prompt.prompt(default=draft)
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes that are not UTF-8
 
     return read
@@ -845,6 +857,8 @@ def main(cfg: Config) -> None:
         found = names[0] + ", the newest model here" if not (cfg.model or cfg.compare) else ", ".join(names)
         screen.say(f"{found}. /help lists the commands, Ctrl-D leaves.", "note")
         return session.run()
+    if cfg.prompt is None and sys.stdin and sys.stdin.isatty():
+        print("Type the prompt, then Ctrl-D.", file=sys.stderr)  # as the reply goes to a file or a pipe
     given = sys.stdin.buffer.read() if cfg.prompt is None and sys.stdin else os.fsencode(cfg.prompt or "")
     text = given.decode("utf-8-sig", "replace")  # from bytes, for the locale may not be UTF-8
     if not text.strip():

@@ -624,7 +624,8 @@ def read_messages(row: dict) -> Thread:
 def read_preferences(row: dict) -> Preference:
     """{"prompt", "chosen", "rejected"}: lists of messages or plain strings; without a prompt, what the two lists share.
 
-    Two strings without a prompt are transcripts in HH-RLHF's manner.
+    Lists may also repeat the prompt, as in ultrafeedback_binarized. Two strings without one are transcripts in
+    HH-RLHF's manner.
     """
     chosen, rejected = want(row, "chosen", "rejected")
     prompt = row.get("prompt")
@@ -635,6 +636,8 @@ def read_preferences(row: dict) -> Preference:
     prompt = [] if prompt is None else as_messages(prompt, "prompt")
     sides = [[{"role": "assistant", "content": as_text(side, key)}] if isinstance(side, str) else as_messages(side, key)
              for key, side in (("chosen", chosen), ("rejected", rejected))]
+    if sides[0][:len(prompt)] == prompt or (isinstance(row["prompt"], str) and sides[0][0]["role"] != "assistant"):
+        prompt = []
     return preference(prompt + sides[0], prompt + sides[1])
 
 
@@ -1044,6 +1047,11 @@ def load_pairs(specs: Sequence[str], *, context: int = 1024, val_fraction: float
                  language)
 
 
+def reading(cfg) -> dict:
+    """What `load_rows` and `load_pairs` can be told, from a Config that has a setting for each."""
+    return {name: getattr(cfg, name) for name in load_rows.__kwdefaults__}
+
+
 def build_row(thread: Thread, encoded: dict, count: Count, context: int, seen: set[str]) -> Row:
     """Too long a thread loses its oldest exchanges before it loses the end of its last reply, and with that the EOT.
 
@@ -1359,9 +1367,8 @@ def only_preferences(spec: str) -> bool:
 
 
 def main(cfg: Config) -> Data:
-    settings = {name: getattr(cfg, name) for name in ("context", "val_fraction", "seed", "bad_rows", "language")}
     pairs = cfg.pairs or all(map(only_preferences, cfg.specs))
-    data = (load_pairs if pairs else load_rows)(cfg.specs, **settings)
+    data = (load_pairs if pairs else load_rows)(cfg.specs, **reading(cfg))
     if cfg.json:
         print(json.dumps(data.report_json()))
         return data

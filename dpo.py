@@ -214,7 +214,7 @@ def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config,
     rows, seen = pairs.train + pairs.val, set()
     for batches in (validation, *(training(step, cfg.micro_batch_tokens) for step in range(cfg.steps))):
         seen |= {int(row) for batch in batches for row in batch.rows}
-    key = repr((run.about["model"]["sha256"], pairs.fingerprint, sorted(seen), run.dtype))
+    key = repr((run.about["model"]["sha256"], pairs.fingerprint, sorted(seen), run.dtype, run.rank))
     path = run.folder / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     if not (table := read_table(path)):
         run.say(f"reference log-probabilities of {len(seen):,} pairs ...")
@@ -245,8 +245,7 @@ def read_table(path: Path) -> dict[str, torch.Tensor]:
 def main(cfg: Config) -> dict:
     with Run("dpo", cfg) as run:
         gpt = run.load(cfg.model)
-        pairs = data.load_pairs(cfg.data, context=cfg.context, val_fraction=cfg.val_fraction, seed=cfg.seed,
-                                bad_rows=cfg.bad_rows)
+        pairs = data.load_pairs(cfg.data, **data.reading(cfg))
         if not begin(gpt, pairs, cfg, run):
             return run.about["metrics"]
         run.say("The chosen reward may fall below zero: DPO only asks that the rejected one falls further.\n"

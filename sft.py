@@ -67,8 +67,7 @@ def next_commands(cfg: Config) -> str:
 def main(cfg: Config) -> dict:
     with Run("sft", cfg) as run:
         gpt = run.load(cfg.model)
-        chats = data.load_rows(cfg.data, context=cfg.context, val_fraction=cfg.val_fraction, seed=cfg.seed,
-                               bad_rows=cfg.bad_rows)
+        chats = data.load_rows(cfg.data, **data.reading(cfg))
         if not begin(gpt, chats, cfg, run):
             return run.about["metrics"]
         metrics = train(gpt, sft_loss, step_batches(chats, cfg, run), validation_batches(chats, cfg, run), cfg, run)

@@ -57,10 +57,11 @@ class Settings:
     seed: int = 0  # order of the rows, split, dropout and LoRA's first values
     val_fraction: float = 0.05  # share of the conversation trees held out for validation
     val_rows: int = 256  # of those, how many rows an evaluation takes at most
+    language: str = "en"  # which of OASST's
     bad_rows: Literal["error", "skip"] = "error"  # what a malformed row of a data file does
     context: int = 1024  # tokens of a row at most; longer conversations lose their oldest exchanges
 
-    micro_batch_tokens: int = 2048  # tokens computed at once: memory, not results, depends on it
+    micro_batch_tokens: int = 2048  # tokens computed at once: memory depends on it, and results only by dropout
     warmup: float = 0.05  # share of the steps in which the rate rises from 0 to --lr
     final_lr: float = 0.1  # the cosine's end, as a share of --lr
     weight_decay: float = 0.01  # AdamW's, on matrices only
@@ -75,7 +76,7 @@ class Settings:
     eval_every: int = 100  # steps between evaluations (0: only before the first step and after the last)
     save_every: int = 100  # steps between checkpoints (0: only after the last step and when interrupted)
     log_every: int = 1  # steps between lines of metrics.jsonl
-    keep: int = 2  # checkpoints kept, besides the one with the best validation loss
+    keep: int = 2  # checkpoints kept, 2 or more, besides the one with the best validation loss
     reply_tokens: int = 96  # tokens of a shown or checked reply at most
     tracker: Literal["none", "wandb", "tensorboard", "trackio"] = "none"  # where metrics also go: an optional extra
 
@@ -93,6 +94,7 @@ class Settings:
         return {name: (allowed(getattr(self, name)), wanted) for wanted, names, allowed in (
             ("1 or more", ("steps", "batch_size", "context", "micro_batch_tokens", "log_every", "reply_tokens"),
              lambda value: value >= 1),
+            ("2 or more", ("keep",), lambda value: value >= 2),
             ("0 or more", ("val_rows", "eval_every", "save_every", "lora_rank", "weight_decay"),
              lambda value: 0 <= value < math.inf),
             ("above 0", ("lr", "clip"), lambda value: value > 0),
@@ -359,8 +361,13 @@ class Run:
             raise FileNotFoundError(f"'{folder}' holds a run that is not finished, and so no model yet.\n"
                                     "Run its command again: it goes on from the newest checkpoint.\n"
                                     f"Or give --model sample, {', '.join(model.SIZES)}, or the folder of a model.")
+        if folder.resolve() == self.folder.resolve():
+            raise ValueError(f"--out {cfg.out} would replace --model {spec}, which the run needs to its end.\n"
+                             "Give another folder: --out")
         self.say(f"loading {spec} ...")
         gpt = model.GPT.from_pretrained(find_model(spec))
+        if (words := gpt.config.vocab_size) <= data.EOT:
+            raise ValueError(f"{spec} knows {words:,} words: it has another tokenizer than GPT-2's of {data.EOT + 1:,}")
         if cfg.context > gpt.config.n_positions:
             raise ValueError(f"--context {cfg.context} is more than the {gpt.config.n_positions} positions of {spec}")
         self.about["model"] = {"name": spec, "parameters": sum(p.numel() for p in gpt.parameters()),
@@ -417,16 +424,10 @@ def parallelise(gpt: model.GPT, loss_fn, cfg: Settings, run: Run):
     return loss
 
 
-@contextlib.contextmanager
 def synchronised(loss, last: bool):
-    """Gradients travel between the processes in the step's last micro-batch only."""
-    if isinstance(loss, torch.nn.parallel.DistributedDataParallel):
-        with contextlib.nullcontext() if last else loss.no_sync():
-            yield
-    else:
-        if hasattr(loss, "set_requires_gradient_sync"):
-            loss.set_requires_gradient_sync(last)
-        yield
+    """DDP's gradients travel in a step's last micro-batch only, FSDP's in each: it never keeps whole ones."""
+    waits = isinstance(loss, torch.nn.parallel.DistributedDataParallel) and not last
+    return loss.no_sync() if waits else contextlib.nullcontext()
 
 
 # ---- optimiser and schedule ----------------------------------------------------------------------
@@ -564,9 +565,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def versions() -> dict[str, str]:
+def versions(device: torch.device) -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
 
 
 @dataclass
@@ -624,7 +625,7 @@ def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     weights = whole_weights(gpt, run, frozen=False)
-    moments = get_optimizer_state_dict(gpt, optimizer, options=_state_options(run))
+    moments = get_optimizer_state_dict(gpt, optimizer, options=_state_options())
     if not run.main:
         return
     tensors = {f"{name}.{kind}": moment.contiguous()
@@ -648,7 +649,7 @@ def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run:
                 sync_file(path)
                 files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
             write_file(temporary / "manifest.json",
-                       sealed({"files": files, "config": asdict(cfg), "versions": versions()}))
+                       sealed({"files": files, "config": asdict(cfg), "versions": versions(run.device)}))
             sync_file(run.folder / "metrics.jsonl")  # whose lines before this step are not written again
             os.replace(temporary, folder)
             sync_folder(folder.parent)
@@ -661,10 +662,10 @@ def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run:
 
 
 def _prune_checkpoints(folder: Path, keep: int) -> None:
-    """Keep the newest (at least two) and the one with the lowest validation loss."""
+    """Keep the newest and the one with the lowest validation loss."""
     losses = {f"step-{r['step']:08d}": r["val_loss"] for r in read_metrics(folder) if "val_loss" in r}
     best = min((p for p in checkpoint_folders(folder) if p.name in losses), key=lambda p: losses[p.name], default=None)
-    for path in checkpoint_folders(folder)[max(2, keep):]:
+    for path in checkpoint_folders(folder)[keep:]:
         if path != best:
             # renamed first: a half-deleted folder must not look like a checkpoint
             doomed = path.with_name(f".{path.name}.old")
@@ -705,17 +706,17 @@ def load_checkpoint(gpt: model.GPT, optimizer, run: Run) -> State | None:
     return state
 
 
-def _state_options(run: Run, **more):
+def _state_options(**more):
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
-    return StateDictOptions(full_state_dict=True, cpu_offload=run.world > 1, **more)
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, **more)
 
 
 def whole_weights(gpt: model.GPT, run: Run, frozen: bool = True) -> dict[str, torch.Tensor]:
     """The model's weights in one piece on rank 0, however they are spread; without `frozen`, those that learn."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    weights = get_model_state_dict(gpt, options=_state_options(run, ignore_frozen_params=not frozen))
+    weights = get_model_state_dict(gpt, options=_state_options(ignore_frozen_params=not frozen))
     return {name: w.detach().contiguous() for name, w in weights.items()}
 
 
@@ -725,22 +726,22 @@ def open_folder(run: Run, about: dict) -> dict:
     Another configuration or other data in the same folder is refused with the difference shown.
     """
     path, cfg = run.folder / "run.json", run.cfg
-    about = {"stage": run.stage, "config": asdict(cfg), "versions": versions()} | run.about | about
+    about = {"stage": run.stage, "config": asdict(cfg), "versions": versions(run.device)} | run.about | about
     old = {}
     if run.main:
         if cfg.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # not a run's own restart
             for name in ("checkpoints", "adapter"):
                 shutil.rmtree(run.folder / name, ignore_errors=True)
-            for path in (*map(run.folder.joinpath, ("run.json", "metrics.jsonl", "model.safetensors", "config.json")),
+            for file in (*map(run.folder.joinpath, ("run.json", "metrics.jsonl", "model.safetensors", "config.json")),
                          *run.folder.glob("reference-*.safetensors")):
-                path.unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
         begun = checkpoint_folders(run.folder) or (run.folder / "model.safetensors").is_file()
         if path.is_file():
             try:
                 old = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
                 raise ValueError(f"{path} is damaged.\nStart anew with --overwrite, or give another --out") from None
-            if changes := _differences(old, about):
+            if changes := _differences(old, about, asdict(type(cfg)())):
                 if begun:
                     shown = changes[:2] + ([f"... and {len(changes) - 2} more"] if len(changes) > 2 else [])
                     raise ValueError(f"{run.folder} holds another run:\n" + "\n".join(shown)
@@ -756,10 +757,10 @@ def open_folder(run: Run, about: dict) -> dict:
     return old
 
 
-def _differences(old: dict, new: dict) -> list[str]:
-    new = json.loads(json.dumps(new))  # tuples become lists, as in the file
-    pairs = [(option(k), old.get("config", {}).get(k), v)
-             for k, v in new["config"].items() if k not in MAY_DIFFER]
+def _differences(old: dict, new: dict, defaults: dict) -> list[str]:
+    new, defaults = json.loads(json.dumps([new, defaults]))  # tuples become lists, as in the file
+    before = defaults | old.get("config", {})  # a setting may be younger than the run
+    pairs = [(option(k), before[k], v) for k, v in new["config"].items() if k not in MAY_DIFFER]
     pairs += [("stage", old.get("stage"), new["stage"]),
               ("data (sha256)", old.get("data", {}).get("sha256"), new.get("data", {}).get("sha256")),
               ("model (sha256)", old.get("model", {}).get("sha256"), new.get("model", {}).get("sha256"))]
@@ -777,22 +778,27 @@ def export(gpt: model.GPT, cfg: Settings, run: Run) -> None:
         return
     if any(layer.base.weight.dtype != torch.float32 for layer in lora.adapters(gpt).values()):  # for training only
         exact = model.GPT.from_pretrained(find_model(cfg.model)).state_dict()
+        if fingerprint(exact) != run.about["model"]["sha256"]:
+            raise ValueError(f"--model {cfg.model} has other weights now than when this run began, which needs them.\n"
+                             "Put them back, then run the same command again: all steps are in the checkpoint.")
         weights |= {f"{name}.base.{part}": exact[f"{name}.{part}"]
                     for name in lora.adapters(gpt) for part in ("weight", "bias")}
     temporary = run.folder / ".export.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    gpt.save_pretrained(temporary, lora.merged_weights(gpt, weights))
-    data.save_tokenizer(temporary)
-    if cfg.lora_rank:
-        base = find_model(cfg.model)
-        lora.save_adapters(gpt, temporary / "adapter", os.path.abspath(base) if os.path.isdir(base) else base, weights)
-        shutil.rmtree(run.folder / "adapter", ignore_errors=True)
-    for path in sorted(temporary.iterdir()):
-        for file in path.rglob("*") if path.is_dir() else [path]:
-            sync_file(file)
-        os.replace(path, run.folder / path.name)
-    temporary.rmdir()
-    sync_folder(run.folder)
+    with writing(run.folder / "model.safetensors", 4 * run.about["model"]["parameters"]):
+        shutil.rmtree(temporary, ignore_errors=True)
+        gpt.save_pretrained(temporary, lora.merged_weights(gpt, weights))
+        data.save_tokenizer(temporary)
+        if cfg.lora_rank:
+            base = find_model(cfg.model)
+            lora.save_adapters(gpt, temporary / "adapter", os.path.abspath(base) if os.path.isdir(base) else base,
+                               weights)
+            shutil.rmtree(run.folder / "adapter", ignore_errors=True)
+        for path in sorted(temporary.iterdir()):
+            for file in path.rglob("*") if path.is_dir() else [path]:
+                sync_file(file)
+            os.replace(path, run.folder / path.name)
+        temporary.rmdir()
+        sync_folder(run.folder)
 
 
 # ---- log -----------------------------------------------------------------------------------------
@@ -909,7 +915,7 @@ def _tracker(run: Run):
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(run.folder / "tensorboard")
-            return lambda r: [writer.add_scalar(k, v, r["step"]) for k, v in r.items() if k != "step"]
+            return lambda r: ([writer.add_scalar(k, v, r["step"]) for k, v in r.items() if k != "step"], writer.flush())
         tracker = __import__(name)
     except ImportError:
         raise ValueError(f"--tracker {name} needs a package that is not installed: uv sync --extra {name}") from None
@@ -969,7 +975,7 @@ def plot_curves(folders: list[Path], path: Path) -> None:
 
 def answer(gpt: model.GPT, conversations: list[data.Conversation], max_new_tokens: int) -> list[tuple[str, bool]]:
     """The likeliest reply to each conversation, and whether it ended by itself."""
-    room = max(1, gpt.config.n_positions - max_new_tokens)
+    room = gpt.config.n_positions - min(max_new_tokens, gpt.config.n_positions // 2)
     conversations = [data.without_oldest(c, room, reply=True) for c in conversations]
     prompts = [data.render(c, reply=True)[0].tolist()[-room:] for c in conversations]
     training = gpt.training
@@ -1121,6 +1127,8 @@ def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch],
     loss = parallelise(gpt, loss_fn, cfg, run)
     optimizer = make_optimizer(gpt, cfg)
     state = load_checkpoint(gpt, optimizer, run) or State(budget=cfg.micro_batch_tokens)
+    if run.world > 1:  # rows are dealt out by the budget, and DPO knows the reference of those dealt by this one
+        state.budget = cfg.micro_batch_tokens
     gpt.train()
     log = Log(run, state)
     saved, began = state.step, time.perf_counter() - state.seconds
@@ -1165,9 +1173,8 @@ def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch],
 
 def look_at(cfg: Settings, row: int | None = None) -> str:
     """The command that shows what the data of a run becomes, or one row of it."""
-    shared = ("context", "val_fraction", "seed", "bad_rows")
-    changed = [f"{option(name)} {getattr(cfg, name)}" for name in shared
-               if getattr(cfg, name) != getattr(Settings, name)]
+    changed = [f"{option(name)} {value}" for name, value in data.reading(cfg).items()
+               if value != getattr(Settings, name)]
     changed += [f"--row {row}"] * (row is not None)
     return " ".join(["uv run data.py", shlex.join(cfg.data), *["--pairs"] * (cfg.row_name == "pairs"), *changed])
 
@@ -1319,8 +1326,7 @@ def show(when: str, talks: list[data.Conversation], run: Run) -> None:
 
 def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command: str) -> dict:
     """Export the model, answer the prompts again, draw the curves, and name the next command."""
-    with writing(run.folder / "model.safetensors", 4 * run.about["model"]["parameters"]):
-        export(gpt, cfg, run)
+    export(gpt, cfg, run)
     after = assess(gpt, cfg, run)
     if not run.main:
         return metrics

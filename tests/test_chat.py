@@ -4,6 +4,7 @@ The models here recite: their next token depends on the position alone, so every
 costs seconds of importing torch, so a few programs are started once, together, and asked many things.
 """
 
+import gzip
 import io
 import json
 import os
@@ -290,11 +291,12 @@ def test_a_reply_is_its_pieces(folder):
     assert answer(folder, "runs/sft")[1].cut_off == ""
 
 
-def test_characters_are_never_split_and_controls_come_visible(folder):
+def test_characters_are_never_split_and_controls_are_kept(folder):
     pieces, stats = answer(folder, "hostile")
     text = "".join(pieces)
     assert len(pieces) == stats.written and "" in pieces  # half a character waits
-    assert "smile \U0001f600 wide 漢字漢字 tab\there line\nnext␍ end red ␛[31m bell ␇ turned <U+202E> smile" in text
+    assert ("smile \U0001f600 wide 漢字漢字 tab\there line\nnext\r end red \x1b[31m bell \x07 turned \u202e smile"
+            in text)
     assert "\N{REPLACEMENT CHARACTER}" not in text
 
 
@@ -469,6 +471,12 @@ def test_a_backslash_begins_a_new_line(terminal):
     assert terminal.messages()[0]["content"] == "one\ntwo"
 
 
+def test_a_backslash_stays_where_it_was_not_typed_before_enter(terminal):
+    terminal.press("\x1b[200~run \\\n  // all\x1b[201~")
+    terminal.say(" of it")
+    assert terminal.messages()[0]["content"] == "run \\\n  // all of it"
+
+
 def test_a_line_feed_sends_too(terminal):
     terminal.press("/stats\n")
     assert "3.4M parameters" in terminal.see(PROMPT)
@@ -541,7 +549,12 @@ def test_a_misspelt_command_gets_a_suggestion(terminal):
 def test_a_message_may_begin_with_a_slash(terminal):
     terminal.say("//help")
     terminal.say("/usr/bin is what?")
-    assert [m["content"] for m in terminal.messages()[::2]] == ["/help", "/usr/bin is what?"]
+    terminal.say("// is a comment")
+    assert [m["content"] for m in terminal.messages()[::2]] == ["/help", "/usr/bin is what?", "// is a comment"]
+    terminal.say("/edit")
+    terminal.see("comment")
+    terminal.say("!")
+    assert terminal.messages()[4]["content"] == "// is a comment!"
 
 
 def test_new_forgets(terminal):
@@ -597,6 +610,15 @@ def test_an_abandoned_edit_leaves_all_as_it_was(terminal):
     terminal.see("First")
     terminal.press("\x15")  # empties the line
     terminal.say("")
+    terminal.say("Second")
+    assert [m["content"] for m in terminal.messages()[::2]] == ["First", "Second"]
+
+
+def test_ctrl_c_abandons_an_edit(terminal):
+    terminal.say("First")
+    terminal.say("/edit")
+    terminal.see("First")
+    terminal.press("\x03")
     terminal.say("Second")
     assert [m["content"] for m in terminal.messages()[::2]] == ["First", "Second"]
 
@@ -683,6 +705,23 @@ def test_save_spoils_no_other_file(terminal):
     assert "No such file or directory" in terminal.say("/save no/such/folder.jsonl")
     file.write_text('{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}')
     assert "notes.txt: 2" in terminal.say("/save notes.txt")  # its last line had no end
+    for name, content in (("one.json", f"[{file.read_text().splitlines()[0]}]".encode()),
+                          ("lines.jsonl.gz", gzip.compress(file.read_bytes()))):
+        (terminal.folder / name).write_bytes(content)
+        assert "name a .jsonl file" in terminal.say(f"/save {name}")
+        assert (terminal.folder / name).read_bytes() == content
+        terminal.say(f"/load {name}")
+
+
+def test_save_names_a_command_that_goes_on_from_this_model(terminal):
+    terminal.say("Hello")
+    shown = " ".join(terminal.say("/save my chats.jsonl").split())
+    assert re.search(r"uv run sft\.py --model runs/\w+ --data 'my chats\.jsonl' --out runs/mine", shown)
+
+
+def test_load_of_an_empty_list(terminal):
+    (terminal.folder / "none.json").write_text("[]")
+    assert "none.json has no more than 0" in terminal.say("/load none.json")
 
 
 @pytest.mark.parametrize("text", [

@@ -420,9 +420,11 @@ def test_jsonl_preferences_in_every_form(tmp_path):
         tmp_path, {"prompt": prompt, "chosen": [assistant("Hello")], "rejected": [assistant("No")]},
         {"chosen": [*prompt, assistant("Hello")], "rejected": [*prompt, assistant("No")]},
         {"prompt": prompt, "chosen": "Hello", "rejected": "No"},
+        {"prompt": prompt, "chosen": [*prompt, assistant("Hello")], "rejected": [*prompt, assistant("No")]},
         {"prompt": "Hi", "chosen": "Hello", "rejected": "No"},
+        {"prompt": "Hi", "chosen": [user("Hi"), assistant("Hello")], "rejected": [user("Hi"), assistant("No")]},
         {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: No"})
-    assert pair_texts(loaded) == [wanted] * 3 + [(("Hi",), "Hello", "No")] * 2
+    assert pair_texts(loaded) == [wanted] * 4 + [(("Hi",), "Hello", "No")] * 3
 
 
 def test_preferences_that_say_nothing_are_dropped(tmp_path):

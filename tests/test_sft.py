@@ -1,6 +1,7 @@
 """Supervised fine-tuning: its loss is transformers', it learns, and what it leaves opens in transformers and PEFT."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,28 @@ def test_a_run_in_bf16_trains_answers_and_exports(settings, tmp_path, rank):
         lora.load_adapters(base, tmp_path / "run" / "adapter")
         for name, weight in lora.merged_weights(base).items():
             assert torch.equal(weight, merged.state_dict()[name]), name
+
+
+def test_rounded_weights_are_exported_into_the_model_that_they_were_rounded_from(settings, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    gpt = model.GPT.from_pretrained(tiny_model)
+    with torch.no_grad():
+        gpt.h[0].mlp.c_fc.bias[0] += 1
+    cfg = settings(model=str(tmp_path / "model"), out=str(tmp_path / "run"), steps=2, lora_rank=2, precision="bf16",
+                   device="cpu")
+    save = train.save_checkpoint
+
+    def and_meanwhile(*args):
+        save(*args)
+        gpt.save_pretrained(tmp_path / "model")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="other weights now"):
+        patch.setattr(train, "save_checkpoint", and_meanwhile)
+        sft.main(cfg)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    model.GPT.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
+    sft.main(cfg)  # as it says
+    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 # ---- what it learns ------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -419,6 +420,50 @@ def test_overwrite_starts_anew(settings, tmp_path):
     assert not (tmp_path / "run" / "adapter").exists()  # of the run before: it does not belong to this model
     assert records(cfg.out)[-1]["val_loss"] != first["val_loss"]
     assert {p.name for p in train.checkpoint_folders(tmp_path / "run")} == {"step-00000002"}
+
+
+def test_overwrite_leaves_nothing_of_the_run_before(finished, settings, tmp_path):
+    shutil.copytree(finished.out, tmp_path / "run")
+    with train.Run("sft", settings(out=str(tmp_path / "run"), overwrite=True)) as run:
+        assert train.open_folder(run, {}) == {}
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["overwrite"]
+    assert not {"config.json", "model.safetensors", "metrics.jsonl"} & {p.name for p in (tmp_path / "run").iterdir()}
+
+
+def test_a_run_cannot_replace_the_model_that_it_starts_from(tiny_model, settings, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with pytest.raises(ValueError, match="would replace --model"):
+        sft.main(settings(model=str(tmp_path / "model"), out=str(tmp_path / "." / "model"), overwrite=True))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_setting_that_is_younger_than_a_run_stands_at_its_default(finished, settings, tmp_path):
+    shutil.copytree(finished.out, tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    del about["config"]["language"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    assert sft.main(replace(finished, out=str(tmp_path / "run"))) == about["metrics"]
+    with pytest.raises(ValueError, match="--language: 'en' there, 'de' now"):
+        sft.main(replace(finished, out=str(tmp_path / "run"), language="de"))
+
+
+def test_a_model_of_another_vocabulary_is_refused(settings, tmp_path):
+    model.GPT(model.GPTConfig(vocab_size=1000, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="knows 1,000 words"):
+        sft.main(settings(model=str(tmp_path / "model"), out=str(tmp_path / "run")))
+
+
+def test_long_replies_leave_room_for_the_question(tiny_model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(model, "generate_batch", lambda gpt, prompts, most: asked.extend(prompts) or [[data.EOT]])
+    question = [{"role": "user", "content": "What does a baker do?"}]
+    train.answer(model.GPT.from_pretrained(tiny_model), [question], 5000)
+    assert asked == [data.render(question, reply=True)[0].tolist()]
+
+
+def test_weights_are_gathered_on_the_cpu_wherever_the_model_is():
+    assert train._state_options().cpu_offload and train._state_options().full_state_dict
 
 
 def test_config_repeats_a_run_bit_for_bit(finished, tmp_path):
