@@ -422,7 +422,7 @@ def read_documents(world: list[dict], phrases: dict, others: Path, cfg: Config) 
         parts += [[data.EOT, *tokens.encode_ordinary(text)] for text in itertools.islice(texts, 1000)]
         count += sum(map(len, parts[-1000:]))
     stream = np.concatenate(parts)[:wanted].astype(np.int64)
-    chats = data.load_rows([f"sample:{others}"]).train
+    chats = data.load_rows([f"sample:{others}"], val_fraction=0.0).train
     vocabulary = np.unique(np.concatenate([stream, *(row.ids for row in chats)]))
     ids = np.searchsorted(vocabulary, stream).astype(np.int32).reshape(-1, cfg.row)
     rows = [data.Row(row, np.ones(cfg.row, bool)) for row in ids]
@@ -476,7 +476,11 @@ def pretrain(world: list[dict], phrases: dict, cfg: Config) -> None:
 
 
 def main(cfg: Config) -> None:
-    cfg = replace(cfg, **QUICK) if cfg.quick else cfg
+    if cfg.prompts or cfg.checks != "auto":
+        raise ValueError("a base model answers nothing: leave out --prompts and --checks")
+    if cfg.quick:
+        not_given = [name for name in QUICK if getattr(cfg, name) == getattr(Config, name)]
+        cfg = replace(cfg, **{name: QUICK[name] for name in not_given})
     world, phrases = read_world()[:cfg.occupations], read_phrases()
     if cfg.show:
         return print("\n\n---\n\n".join(itertools.islice(documents(world, phrases, random.Random(cfg.seed)), cfg.show)))

@@ -31,7 +31,7 @@ class Config:
     # what to measure
     tasks: tuple[str, ...] = ("sft-full", "sft-lora", "dpo-lora", "decode", "lengths", "data", "sizes")
     repeats: int = 3  # processes of each system; medians are reported
-    steps: int = 6  # optimiser steps a process
+    steps: int = 16  # optimiser steps a process: of 100 trees, so many are as padded and as alike as a whole epoch
     new: int = 120  # tokens decoded
     threads: int = os.cpu_count() or 1  # threads of every system
 
