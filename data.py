@@ -1049,7 +1049,7 @@ def load_pairs(specs: Sequence[str], *, context: int = 1024, val_fraction: float
 
 def reading(cfg) -> dict:
     """What `load_rows` and `load_pairs` can be told, from a Config that has a setting for each."""
-    return {name: getattr(cfg, name) for name in load_rows.__kwdefaults__}
+    return {name: getattr(cfg, name) for name in ("context", "val_fraction", "seed", "bad_rows", "language")}
 
 
 def build_row(thread: Thread, encoded: dict, count: Count, context: int, seen: set[str]) -> Row:

@@ -171,7 +171,12 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: (..., C) to (..., V)."""
-        return self.lm_head(hidden) if self.lm_head else linear(hidden, self.wte.weight)
+        if self.lm_head:
+            return self.lm_head(hidden)
+        if hidden.is_cuda and hidden.itemsize < 4:  # probabilities want more digits than bf16 has
+            logits = LogProbs.logits(hidden.reshape(-1, hidden.shape[-1]), self.wte.weight)   # (V, rows)
+            return logits.t().reshape(*hidden.shape[:-1], -1)
+        return linear(hidden, self.wte.weight)
 
     def target_logprobs(self, batch, total: bool = False) -> Tensor:
         """log p(target | all before it) for every target of a packed batch, without its (N, V) logits.

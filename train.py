@@ -210,6 +210,8 @@ def pick_device(wanted: str = "auto") -> torch.device:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {wanted} cannot be used here: {str(error).splitlines()[0]}") from None
     if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
+        # which Hopper would take: it plans anew for every length, and each conversation has another
+        torch.backends.cuda.enable_cudnn_sdp(False)
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if wanted != "auto":
         return torch.device(wanted)
@@ -221,7 +223,8 @@ def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bf16" else torch.float32
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if fast else torch.float32
@@ -265,6 +268,8 @@ class Run:
         for name, (fine, wanted) in self.cfg.limits().items():
             if not fine:
                 raise ValueError(f"{option(name)} is {getattr(self.cfg, name)}; it has to be {wanted}")
+        if self.device.type == "mps" and self.cfg.recompute and (self.cfg.dropout or self.cfg.lora_dropout):
+            raise ValueError("--recompute on MPS would drop others the second time: leave out dropout, or --recompute")
         if self.cfg.batch_size < self.world:
             raise ValueError(f"--batch-size {self.cfg.batch_size} is too few for {self.world} processes")
         if "RANK" in os.environ and not torch.distributed.is_initialized():
@@ -477,6 +482,8 @@ def memory_estimate(gpt: model.GPT, cfg: Settings, run: Run) -> int:
     # the MLP's 4C before and after GELU, the residual stream, and what the adapters read
     per_token = (19 * width + 4) * c.n_embd + (c.n_layer - 1) * c.n_embd * (4 if cfg.recompute else 19 * width + 8)
     tokens = max(cfg.micro_batch_tokens, cfg.context)
+    if run.device.type == "mps":  # its fused attention is for inference: in training, the weights of each pair are kept
+        per_token += c.n_head * cfg.context * width * (1 if cfg.recompute else c.n_layer)
     block = 3 * tokens * model.LogProbs.BLOCK * 4  # logits as they come, as fp32, and what the next product reads
     head = 0
     if not cfg.lora_rank:  # it learns: its gradient before and after it is scaled, and logits in two precisions
@@ -998,9 +1005,9 @@ def converse(gpt: model.GPT, prompts: tuple[str, ...], max_new_tokens: int) -> l
     return talks
 
 
-def whole_model(gpt: model.GPT, cfg: Settings, run: Run) -> model.GPT:
+def whole_model(gpt: model.GPT, run: Run) -> model.GPT:
     """On rank 0, a model that can answer on its own: the one in training, or under FSDP a merged copy of it."""
-    if run.world == 1 or not cfg.fsdp:
+    if not hasattr(gpt.h[0], "unshard"):  # what FSDP2 adds to the blocks
         return gpt
     weights = whole_weights(gpt, run)
     if not run.main:
@@ -1008,12 +1015,12 @@ def whole_model(gpt: model.GPT, cfg: Settings, run: Run) -> model.GPT:
     with torch.device("meta"):
         copy = model.GPT(gpt.config)
     copy.load_state_dict(lora.merged_weights(gpt, weights), assign=True)
-    return copy
+    return copy.to(run.device)
 
 
 def assess(gpt: model.GPT, cfg: Settings, run: Run) -> dict:
     """What the model answers to the run's prompts and how it does on its checks; {} on other ranks than 0."""
-    gpt = whole_model(gpt, cfg, run)
+    gpt = whole_model(gpt, run)
     if not run.main:
         return {}
     found = {"replies": converse(gpt, cfg.prompts, cfg.reply_tokens)}
@@ -1150,7 +1157,7 @@ def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch],
                 run.note(seconds=round(time.perf_counter() - began, 1))
                 return state.record | measured
             if due and state.step:
-                whole = whole_model(gpt, cfg, run)
+                whole = whole_model(gpt, run)
                 if run.main:
                     show(f"after step {state.step}", converse(whole, cfg.prompts, cfg.reply_tokens), run)
             state.record = _step_with_memory(loss, gpt, optimizer, train_batches, state, cfg, run)
