@@ -1007,7 +1007,7 @@ def converse(gpt: model.GPT, prompts: tuple[str, ...], max_new_tokens: int) -> l
 
 def whole_model(gpt: model.GPT, run: Run) -> model.GPT:
     """On rank 0, a model that can answer on its own: the one in training, or under FSDP a merged copy of it."""
-    if not hasattr(gpt.h[0], "unshard"):  # what FSDP2 adds to the blocks
+    if not any(hasattr(part, "unshard") for part in gpt.modules()):  # which FSDP2 adds
         return gpt
     weights = whole_weights(gpt, run)
     if not run.main:
