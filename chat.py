@@ -676,9 +676,9 @@ def save(session: Session, argument: str) -> None:
         lines = lines if path.read_bytes().endswith(b"\n") else "\n" + lines
     with path.open("a", encoding="utf-8") as file:
         file.write(lines)
-    command = shlex.join(["--model", session.chats[0].name, "--data", str(path), "--out", "runs/mine"])
+    flags = shlex.join(["--model", session.chats[0].name, "--data", str(path), "--out", "runs/mine"])
     session.screen.say(f"(conversations in {path}: {len(read_conversations(path)):,}; to learn from them: "
-                       f"uv run sft.py {command})", "note")
+                       f"uv run sft.py {flags})", "note")
 
 
 @command
