@@ -1082,3 +1082,28 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch, tmp_path):
         GPT.from_pretrained("gpt2-xl")
     assert "--model sample" in str(error.value)
     assert len(str(error.value).splitlines()) <= 5
+
+
+# ---- on a GPU that is not there ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_cuda_nothing_meets_a_tensor_of_another_device(dtype):
+    """Fake tensors know device, shape and type, and refuse what a GPU would; logits are fp32 whatever the weights."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    rows = [data.Row(np.arange(n, dtype=np.int32), np.arange(n) % 2 > 0) for n in (5, 9, 9)]
+    with FakeTensorMode(), torch.no_grad():
+        with torch.device("cuda"):
+            gpt = GPT(SMALL)
+            tokens, hidden = torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, 3, SMALL.n_embd, dtype=dtype)
+        for module in gpt.modules():  # Module.to() cannot turn fake tensors
+            for name, weight in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(weight.to(dtype)))
+        found = [gpt.target_logprobs(train.to_device(data.pack(rows, range(3)), torch.device("cuda")))]
+        cache = model.KVCache(gpt, 2, pads=[0, 3])
+        found += [model.KVCache.extend.__wrapped__(cache, gpt, new) for new in (tokens, tokens[:, :1])]
+        found += [gpt.logits(part) for part in (hidden[0, 0], hidden[0], hidden)]
+    assert {str(tensor.device) for tensor in found} == {"cuda:0"}
+    assert {tensor.dtype for tensor in found} == {torch.float32}
+    assert [tuple(tensor.shape[:-1]) for tensor in found[1:]] == [(2,), (2,), (), (3,), (2, 3)]
