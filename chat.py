@@ -670,7 +670,7 @@ def save(session: Session, argument: str) -> None:
     if not lines:
         raise ValueError("There is nothing to save yet.")
     if path.exists() and path.stat().st_size:
-        if path.suffix == ".json" or path.read_bytes().startswith(b"\x1f\x8b"):
+        if path.suffix == ".json" or data.is_gzip(path):
             raise ValueError(f"{path} takes no further lines; name a .jsonl file.")
         read_conversations(path)  # raises, rather than adding to a file of another kind
         lines = lines if path.read_bytes().endswith(b"\n") else "\n" + lines

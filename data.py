@@ -899,11 +899,14 @@ def open_spec(name: str, path: Path | None) -> Iterator[FileRow]:
     raise FileNotFoundError(f"{name}: there is no file or folder {shown!r} (in {Path.cwd()}){makes}")
 
 
+def is_gzip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
 def file_rows(path: Path) -> Iterator[FileRow]:
     """The rows of a .jsonl, .jsonl.gz or .json file, each line by itself, whatever it holds."""
-    shown = visible(str(path))[:200]
-    with open(path, "rb") as plain:
-        zipped = plain.read(2) == b"\x1f\x8b"
+    shown, zipped = visible(str(path))[:200], is_gzip(path)
     if path.suffix == ".json" and not zipped and path.stat().st_size < LONGEST_LINE:
         whole = parse_json(path.read_bytes())
         if not isinstance(whole, BadRow):   # otherwise it may be JSONL by another name

@@ -291,12 +291,14 @@ def test_a_reply_is_its_pieces(folder):
     assert answer(folder, "runs/sft")[1].cut_off == ""
 
 
-def test_characters_are_never_split_and_controls_are_kept(folder):
+def test_characters_are_never_split_and_controls_come_visible(folder):
     pieces, stats = answer(folder, "hostile")
     text = "".join(pieces)
     assert len(pieces) == stats.written and "" in pieces  # half a character waits
     assert ("smile \U0001f600 wide 漢字漢字 tab\there line\nnext\r end red \x1b[31m bell \x07 turned \u202e smile"
             in text)
+    shown = "smile \U0001f600 wide 漢字漢字 tab\there line\nnext␍ end red ␛[31m bell ␇ turned <U+202E> smile"
+    assert shown in wrapped(pieces, None)
     assert "\N{REPLACEMENT CHARACTER}" not in text
 
 
