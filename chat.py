@@ -1,9 +1,11 @@
 """Talk to a model in the terminal; a conversation can be saved and goes back into training.
 
-From the model to the person, top to bottom: `reply` turns messages into a stream of text, `Screen` and `Wrap` put
-text on a terminal, `Session` is the conversation, `COMMANDS` holds a small function for everything a person can do
-besides talking, `prompt_reader` reads what is typed, and `main` tells a terminal from a pipe.
+`main` tells a terminal from a pipe, `Session` is the conversation, and `reply` turns messages into a stream of text. A
+reader may stop at "The terminal": `COMMANDS` holds a small function for everything a person can do besides talking,
+`Screen` and `Wrap` put text on a terminal, and `prompt_reader` reads what is typed.
 """
+
+from __future__ import annotations
 
 import codecs
 import difflib
@@ -16,19 +18,23 @@ import signal
 import sys
 import textwrap
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
+from rich.cells import cell_len, set_cell_size
+
 import data
-from train import find_model, lazy, pick_device, pick_precision, run_script
+from data import exchanges, lazy, run_script
 
 model = lazy("model")  # it imports torch, which takes two seconds: neither --help nor the first prompt waits for that
+
+
+# ---- settings ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -62,311 +68,25 @@ def check(cfg: Config) -> None:
             raise ValueError(f"{name} is {value}; it has to be {low}{f' to {high}' if high < 2**62 else ' or more'}")
 
 
-# ---- from messages to a stream of text -----------------------------------------------------------
-
-
-@dataclass
-class Stats:
-    """What a reply cost: tokens, and seconds since it was asked for."""
-    read: int = 0  # tokens before the reply
-    known: int = 0  # those of them that the cache still held from the turn before
-    written: int = 0  # tokens of the reply
-    first: float = 0.0  # seconds until the first of them
-    seconds: float = 0.0
-    cut_off: str = ""  # why the reply ended before its end, if it did
-
-
-def fit(messages: data.Conversation, positions: int, max_new_tokens: int) -> tuple[list[int], int]:
-    """The ids that a model with so many positions reads in order to answer, and how many messages they leave out.
-
-    Whole oldest exchanges go until the reply has room: its longest length, or a quarter of the context if that is
-    less. The system message stays. Raises ValueError if the last message alone is too long.
-    """
-    kept = data.without_oldest(messages, positions - min(max_new_tokens, positions // 4), reply=True)
-    ids, least = data.render(kept, reply=True)[0].tolist(), positions // 32
-    if len(ids) > positions - least:
-        raise ValueError(f"Not sent: the message takes {len(ids):,} tokens"
-                         f"{' with the system message' if kept[0]['role'] == 'system' else ''}, and the model reads "
-                         f"{positions:,} at once, of which {least} are kept for its reply.")
-    return ids, len(messages) - len(kept)
-
-
-def reply(gpt, messages: data.Conversation, cfg: Config, *, cache=None, seed: int | None = None,
-          stats: Stats | None = None) -> Iterator[str]:
-    """Stream the assistant's next message: for every token a piece of text, together exactly its content.
-
-    A piece may be empty: bytes wait for the rest of their character, and white space waits for what follows it,
-    because content is stripped at both ends. A piece may hold control characters: `Wrap` makes them visible.
-    With the same `cache` from turn to turn, only what is new is computed.
-    """
-    stats, began = stats or Stats(), time.perf_counter()
-    ids, _ = fit(messages, gpt.config.n_positions, cfg.max_new_tokens)
-    limit = min(cfg.max_new_tokens, gpt.config.n_positions - len(ids))
-    stats.read = len(ids)
-    if cache:
-        stats.known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(cache.ids, ids[:-1], strict=False)))
-    decoder, begun, space = codecs.getincrementaldecoder("utf-8")("replace"), False, ""
-    try:
-        for token in model.generate(gpt, ids, limit, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
-                                    min_p=cfg.min_p, repetition_penalty=cfg.repetition_penalty, seed=seed,
-                                    cache=cache):
-            stats.written += 1
-            stats.first = stats.first or time.perf_counter() - began
-            known = token < data.EOT  # a vocabulary may be padded to a rounder number than GPT-2's
-            code = data.tokenizer().decode_single_token_bytes(token) if known else "\N{REPLACEMENT CHARACTER}".encode()
-            text = space + decoder.decode(code)
-            text = text if begun else text.lstrip()
-            begun, piece = begun or bool(text), text.rstrip()
-            space = text[len(piece):]
-            paused = time.perf_counter()
-            yield piece
-            began += time.perf_counter() - paused  # meanwhile another model may have spoken: that is not its time
-        if stats.written == limit:
-            full = limit < cfg.max_new_tokens
-            stats.cut_off = "cut off: the context is full" if full else f"cut off: max_new_tokens is {limit}"
-    finally:
-        stats.seconds = time.perf_counter() - began
-
-
-# ---- text on a terminal --------------------------------------------------------------------------
-
-
-def columns(text: str) -> int:
-    """The columns text takes on a terminal: two for East Asian wide characters, none for combining marks."""
-    return len(text) if text.isascii() else sum(
-        0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text)
-
-
-class Wrap:
-    """Wraps text at words while it arrives in pieces, at the width that the terminal has at that moment.
-
-    A word is printed when the next begins and never moves after that: no flicker, and a clean scrollback. Only words
-    longer than a line are broken. Without a width (a pipe has none) the text goes out as it is.
-    """
-
-    def __init__(self, write: Callable[[str], None], width: Callable[[], int] | None):
-        self.write, self.width = write, width
-        self.space = self.word = ""
-        self.column = 0
-
-    def feed(self, text: str) -> None:
-        text = data.visible(text)
-        if not self.width:
-            return self.write(text)
-        for character in text.replace("\t", "    "):
-            if character == "\n":
-                self.flush()
-                self.new_line()
-            elif character == " ":
-                self.flush()
-                self.space += " "
-            else:
-                self.word += character
-                if columns(character) == 2 or len(self.word) >= self.width():  # no space needs to be waited for
-                    self.flush()
-
-    def flush(self) -> None:
-        if not self.word:
-            return
-        width, line = self.width(), ""
-        if self.column + len(self.space) + columns(self.word) > width:
-            if self.column:
-                self.new_line()
-            self.space = ""
-        for character in self.space + self.word:
-            if self.column and self.column + columns(character) > width:
-                line, self.column = line + "\n", 0
-            line, self.column = line + character, self.column + columns(character)
-        self.write(line)
-        self.space = self.word = ""
-
-    def new_line(self) -> None:
-        self.write("\n")
-        self.space, self.column = "", 0
-
-    def end(self) -> None:
-        """Print what waits, and leave the line if anything stands on it."""
-        self.flush()
-        if self.column or not self.width:
-            self.new_line()
-
-
-class Screen:
-    """Standard output: wrapped on a terminal, in colour where that is wanted, plain text anywhere else."""
-
-    def __init__(self):
-        self.out = sys.stdout
-        self.terminal = self.out.isatty()
-        self.ansi = self.terminal and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
-        self.colour = self.ansi and not os.environ.get("NO_COLOR")  # https://no-color.org
-        self.styles = {"note": "2", "error": "31", "label": "1;36", "you": "1;32"}  # dim, red, bold cyan and green
-
-    def width(self) -> int:
-        with suppress(OSError):
-            return os.get_terminal_size(self.out.fileno()).columns or 80
-        return 80
-
-    def paint(self, text: str, style: str = "") -> str:
-        return f"\x1b[{self.styles[style]}m{text}\x1b[0m" if style and self.colour else text
-
-    def write(self, text: str) -> None:
-        self.out.write(text)
-        self.out.flush()
-
-    def wrap(self) -> Wrap:
-        return Wrap(self.write, self.width if self.terminal else None)
-
-    def say(self, text: str, style: str = "") -> None:
-        """Print a text, wherever it comes from, wrapped and harmless."""
-        lines: list[str] = []
-        wrap = Wrap(lines.append, self.width)
-        wrap.feed(text)
-        wrap.flush()
-        self.write(self.paint("".join(lines), style) + "\n")
-
-
-@contextmanager
-def reply_in_progress(screen: Screen) -> Iterator[Callable[[], bool]]:
-    """While replies stream, keys stay off the screen and wait for the next prompt; yields whether Ctrl-C was pressed.
-
-    Ctrl-C sets a flag, because an exception could fall into the middle of the cache's bookkeeping; pressed again, for
-    a model that takes a minute over a token, it is the usual exception. Bracketed paste stays on, so ten lines pasted
-    now are one message at the next prompt.
-    """
-    pressed: list[int] = []
-
-    def interrupt(number, frame):
-        pressed.append(number)
-        if len(pressed) > 1:
-            raise KeyboardInterrupt
-
-    handler, saved = signal.signal(signal.SIGINT, interrupt), None
-    try:
-        with suppress(ImportError):  # Windows has no termios
-            import termios
-
-            if screen.ansi and sys.stdin.isatty():
-                saved = termios.tcgetattr(sys.stdin)
-                silent = saved[3] & ~(termios.ECHO | termios.ICANON)
-                termios.tcsetattr(sys.stdin, termios.TCSANOW, [*saved[:3], silent, *saved[4:]])
-                screen.write("\x1b[?2004h")
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if saved:
-            screen.write("\x1b[?2004l")
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, saved)
-
-
 # ---- the conversation ----------------------------------------------------------------------------
 
 
-def newest_model(candidates: tuple[str, ...] = ("runs/dpo", "runs/sft")) -> str:
-    """The run that finished last."""
-    finished = {name: max(file.stat().st_mtime for file in Path(name).iterdir() if file.name in
-                          ("run.json", "model.safetensors"))
-                for name in candidates if Path(name, "model.safetensors").is_file()}
-    if not finished:
-        raise FileNotFoundError(f"no trained model in {' or '.join(candidates)} (looked in {Path.cwd()})\n"
-                                "Train one:         uv run sft.py\n"
-                                "Use another:       uv run chat.py --model FOLDER\n"
-                                "The untrained one: uv run chat.py --model sample")
-    return max(finished, key=finished.get)
-
-
-def exchanges(messages: data.Conversation) -> list[data.Conversation]:
-    """The messages cut into turns, each of which begins where the person speaks."""
-    turns: list[data.Conversation] = []
-    for message in messages:
-        if not turns or message["role"] == "user" != turns[-1][-1]["role"]:
-            turns.append([])
-        turns[-1].append(message)
-    return turns
-
-
-class Chat:
-    """A model, loaded in the background, and its side of the conversation (without the system message)."""
-
-    loader = ThreadPoolExecutor(max_workers=1)
-
-    def __init__(self, name: str, cfg: Config, messages: data.Conversation = ()):
-        self.name, self.messages = name, list(messages)
-        folder = find_model(name)
-        if not Path(folder, "config.json").is_file() and not re.fullmatch(r"gpt2(-medium|-large|-xl)?", name):
-            missing = ("it has no config.json (if its run stopped early, the same command finishes it)"
-                       if Path(folder).is_dir() else f"there is no such folder in {Path.cwd()}")
-            raise FileNotFoundError(f"no model in '{name}': {missing}\n"
-                                    "Wanted: a run's folder, sample, gpt2, gpt2-medium, gpt2-large or gpt2-xl\n"
-                                    "To train one: uv run sft.py")
-
-        def load():
-            device = pick_device(cfg.device)
-            if cfg.precision == "int8" and device.type != "cpu":
-                raise ValueError("--precision int8 is for the CPU: elsewhere use bf16, or --device cpu")
-            gpt = model.GPT.from_pretrained(folder).to(device, pick_precision(cfg.precision, device)).eval()
-            self.parameters = sum(weight.numel() for weight in gpt.parameters())
-            if cfg.precision == "int8":
-                model.quantise(gpt)
-            return gpt
-
-        if Path(folder).is_dir():
-            self.loading: Future = self.loader.submit(load)
-        else:  # a download is waited for: its progress needs the screen, and Ctrl-C has to end it
-            self.loading = Future()
-            self.loading.set_result(load())
-        self.cache, self.stats, self.replies = None, Stats(), 0
-
-    @property
-    def gpt(self):
-        """The model, as soon as it is loaded."""
-        return self.loading.result()
-
-    @property
-    def used(self) -> str:
-        used = self.stats.read + self.stats.written
-        return f"{used:,} of {self.gpt.config.n_positions:,} tokens"
-
-    def reply(self, system: data.Conversation, cfg: Config) -> Iterator[str]:
-        """Its next reply; each has a seed of its own, so that /retry says something new that can yet be repeated."""
-        self.cache = self.cache or model.KVCache(self.gpt)
-        self.stats = Stats()
-        seed = None if cfg.seed is None else cfg.seed + self.replies
-        self.replies += 1
-        return reply(self.gpt, system + self.messages, cfg, cache=self.cache, seed=seed, stats=self.stats)
-
-
-BETWEEN = " | "  # stands between columns
-
-
-def pad(text: str, width: int) -> str:
-    return text + " " * (width - columns(text))
-
-
-class Column:
-    """A reply that grows in a column of its own, as lines that are not printed yet."""
-
-    def __init__(self, chat: Chat, width: Callable[[], int], pieces: Iterator[str]):
-        self.chat, self.coming, self.going = chat, pieces, True
-        self.pieces: list[str] = []
-        self.lines = [""]
-        self.wrap = Wrap(self.write, width)
-
-    def write(self, text: str) -> None:
-        first, *more = text.split("\n")
-        self.lines[-1] += first
-        self.lines += more
-
-    def step(self, stopped: Callable[[], bool]) -> None:
-        """The reply's next token, or the note with which it ends."""
-        piece = None if stopped() else next(self.coming, None)
-        self.going = piece is not None
-        if self.going:
-            self.pieces.append(piece)
-            return self.wrap.feed(piece)
-        if note := "stopped" if stopped() else self.chat.stats.cut_off:
-            self.wrap.feed(f"\n({note})")
-        self.wrap.flush()
+def main(cfg: Config) -> None:
+    check(cfg)
+    cfg = replace(cfg, system=os.fsencode(cfg.system).decode("utf-8", "replace"))
+    names, screen = [*filter(None, [cfg.model]), *cfg.compare] or [newest_model()], Screen()
+    if cfg.prompt is None and sys.stdin and sys.stdin.isatty() and screen.terminal:
+        session = Session(cfg, screen, names)
+        found = names[0] + ", the newest model here" if not (cfg.model or cfg.compare) else ", ".join(names)
+        screen.say(f"{found}. /help lists the commands, Ctrl-D leaves.", "note")
+        return session.run()
+    if cfg.prompt is None and sys.stdin and sys.stdin.isatty():
+        print("Type the prompt, then Ctrl-D.", file=sys.stderr)  # as the reply goes to a file or a pipe
+    given = sys.stdin.buffer.read() if cfg.prompt is None and sys.stdin else os.fsencode(cfg.prompt or "")
+    text = given.decode("utf-8-sig", "replace")  # from bytes, for the locale may not be UTF-8
+    if not text.strip():
+        raise ValueError("there is nothing to answer: the prompt is empty")
+    Session(cfg, screen, names).answer_once(text)
 
 
 class Session:
@@ -438,20 +158,15 @@ class Session:
             return ""
         if len(self.chats) > 1:
             self.screen.say(f"[{chat.name}]", "label")
-        wrap, pieces = self.screen.wrap(), []
-        try:
-            for piece in chat.reply(self.system, self.cfg):
-                pieces.append(piece)
-                wrap.feed(piece)
-                if stopped():
-                    break
-        except KeyboardInterrupt:
-            chat.cache = None  # its bookkeeping may be half done
-        wrap.end()
-        if note := "stopped" if stopped() else chat.stats.cut_off:
+        answer = Reply(chat, self.screen.wrap(), chat.reply(self.system, self.cfg))
+        with suppress(KeyboardInterrupt):  # what there is of a reply counts
+            while answer.going:
+                answer.step(stopped)
+        answer.wrap.end()
+        if note := answer.note(stopped):
             self.screen.say(f"({note})", "note")
         self.screen.write("\n")
-        return "".join(pieces).rstrip()
+        return answer.text
 
     def column_width(self) -> int:
         """What the window, as wide as it is now, gives to each of the models."""
@@ -466,38 +181,36 @@ class Session:
         names = [f"[{data.visible(side.chat.name)}]"[:self.column_width()] for side in sides]
         self.screen.write(self.screen.paint(self.beside(names), "label") + "\n")
         shown = 0
-        try:
+        with suppress(KeyboardInterrupt):
             while going := [side for side in sides if side.going]:
                 for side in going:
                     side.step(stopped)
                 ready = min((len(side.lines) - 1 for side in sides if side.going),
                             default=max(len(side.lines) for side in sides))
                 for row in range(shown, ready):
-                    self.screen.write(self.beside(side.lines[row] if row < len(side.lines) else ""
-                                                  for side in sides) + "\n")
+                    cells = (side.lines[row] if row < len(side.lines) else "" for side in sides)
+                    self.screen.write(self.beside(cells) + "\n")
                 shown = max(shown, ready)
-        except KeyboardInterrupt:
-            for chat in self.chats:
-                chat.cache = None  # the bookkeeping of one may be half done
         self.screen.write("\n")
-        return ["".join(side.pieces).rstrip() for side in sides]
+        return [side.text for side in sides]
 
     def beside(self, cells: Iterable[str]) -> str:
         """One line of all columns."""
         width = self.column_width()
-        return BETWEEN.join(pad(cell, width) for cell in cells).rstrip(" ")
+        return BETWEEN.join(set_cell_size(cell, width) for cell in cells).rstrip(" ")
 
     def answer_once(self, text: str) -> None:
         """Every model's reply to a single prompt, and nothing else on standard output."""
         for i, chat in enumerate(self.chats):
             if len(self.chats) > 1:
                 self.screen.write("\n" * (i > 0) + f"[{data.visible(chat.name)}]\n")
-            wrap, chat.messages = self.screen.wrap(), [{"role": "user", "content": text}]
+            chat.messages = [{"role": "user", "content": text}]
+            answer = Reply(chat, self.screen.wrap(), chat.reply(self.system, self.cfg))
             try:
-                for piece in chat.reply(self.system, self.cfg):
-                    wrap.feed(piece)
+                while answer.going:
+                    answer.step()
             finally:
-                wrap.end()
+                answer.wrap.end()
             if chat.stats.cut_off:
                 print(f"({chat.stats.cut_off})", file=sys.stderr)
 
@@ -545,7 +258,162 @@ class Session:
             self.replacing = False
 
 
-# ---- commands: the docstring is the help; what stands before its colon, the argument ---------------
+# ---- from messages to a stream of text -----------------------------------------------------------
+
+
+class Chat:
+    """A model, loaded in the background, and its side of the conversation (without the system message)."""
+
+    loader = ThreadPoolExecutor(max_workers=1)
+
+    def __init__(self, name: str, cfg: Config, messages: data.Conversation = ()):
+        self.name, self.messages = name, list(messages)
+        if not (here := Path(name, "config.json").is_file()):
+            model.check_model(name)
+
+        def load():
+            device = model.pick_device(cfg.device)
+            if cfg.precision == "int8" and device.type != "cpu":
+                raise ValueError("--precision int8 is for the CPU: elsewhere use bf16, or --device cpu")
+            gpt = model.GPT.from_pretrained(name).to(device, model.pick_precision(cfg.precision, device)).eval()
+            self.parameters = sum(weight.numel() for weight in gpt.parameters())
+            if cfg.precision == "int8":
+                model.quantise(gpt)
+            return gpt
+
+        if here:
+            self.loading: Future = self.loader.submit(load)
+        else:  # a download is waited for: its progress needs the screen, and Ctrl-C has to end it
+            self.loading = Future()
+            self.loading.set_result(load())
+        self.cache, self.stats, self.replies = None, Stats(), 0
+
+    @property
+    def gpt(self):
+        """The model, as soon as it is loaded."""
+        return self.loading.result()
+
+    @property
+    def used(self) -> str:
+        used = self.stats.read + self.stats.written
+        return f"{used:,} of {self.gpt.config.n_positions:,} tokens"
+
+    def reply(self, system: data.Conversation, cfg: Config) -> Iterator[str]:
+        """Its next reply; each has a seed of its own, so that /retry says something new that can yet be repeated."""
+        self.cache = self.cache or model.KVCache(self.gpt)
+        self.stats = Stats()
+        seed = None if cfg.seed is None else cfg.seed + self.replies
+        self.replies += 1
+        try:
+            yield from reply(self.gpt, system + self.messages, cfg, cache=self.cache, seed=seed, stats=self.stats)
+        except KeyboardInterrupt:
+            self.cache = None  # its bookkeeping may be half done
+            raise
+
+
+def reply(gpt, messages: data.Conversation, cfg: Config, *, cache=None, seed: int | None = None,
+          stats: Stats | None = None) -> Iterator[str]:
+    """Stream the assistant's next message: for every token a piece of text, together exactly its content.
+
+    A piece may be empty: bytes wait for the rest of their character, and white space waits for what follows it,
+    because content is stripped at both ends. A piece may hold control characters: `Wrap` makes them visible.
+    With the same `cache` from turn to turn, only what is new is computed.
+    """
+    stats, began = stats or Stats(), time.perf_counter()
+    ids, _ = fit(messages, gpt.config.n_positions, cfg.max_new_tokens)
+    limit = min(cfg.max_new_tokens, gpt.config.n_positions - len(ids))
+    stats.read, stats.known = len(ids), cache.shared(ids) if cache else 0
+    decoder, begun, space = codecs.getincrementaldecoder("utf-8")("replace"), False, ""
+    try:
+        for token in model.generate(gpt, ids, limit, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+                                    min_p=cfg.min_p, repetition_penalty=cfg.repetition_penalty, seed=seed,
+                                    cache=cache):
+            stats.written += 1
+            stats.first = stats.first or time.perf_counter() - began
+            known = token < data.EOT  # a vocabulary may be padded to a rounder number than GPT-2's
+            code = data.tokenizer().decode_single_token_bytes(token) if known else "\N{REPLACEMENT CHARACTER}".encode()
+            text = space + decoder.decode(code)
+            if not begun:
+                text = text.lstrip()  # content begins with no white space
+            piece = text.rstrip()
+            begun, space = begun or bool(text), text[len(piece):]  # it may end with none: space waits for what comes
+            paused = time.perf_counter()
+            yield piece
+            began += time.perf_counter() - paused  # meanwhile another model may have spoken: that is not its time
+        if stats.written == limit:
+            full = limit < cfg.max_new_tokens
+            stats.cut_off = "cut off: the context is full" if full else f"cut off: max_new_tokens is {limit}"
+    finally:
+        stats.seconds = time.perf_counter() - began
+
+
+def fit(messages: data.Conversation, positions: int, max_new_tokens: int) -> tuple[list[int], int]:
+    """The ids that a model with so many positions reads in order to answer, and how many messages they leave out.
+
+    Whole oldest exchanges go until the reply has room: its longest length, or a quarter of the context if that is
+    less. The system message stays. Raises ValueError if the last message alone is too long.
+    """
+    kept = data.without_oldest(messages, positions - min(max_new_tokens, positions // 4), reply=True)
+    ids, least = data.render(kept, reply=True)[0].tolist(), positions // 32
+    if len(ids) > positions - least:
+        raise ValueError(f"Not sent: the message takes {len(ids):,} tokens"
+                         f"{' with the system message' if kept[0]['role'] == 'system' else ''}, and the model reads "
+                         f"{positions:,} at once, of which {least} are kept for its reply.")
+    return ids, len(messages) - len(kept)
+
+
+class Reply:
+    """One model's reply while it comes, a token at a time."""
+
+    def __init__(self, chat: Chat, wrap: Wrap, coming: Iterator[str]):
+        self.chat, self.wrap, self.coming = chat, wrap, coming
+        self.pieces: list[str] = []
+        self.going = True
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces).rstrip()
+
+    def step(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Show the next token, if there is one."""
+        piece = None if stopped() else next(self.coming, None)
+        self.going = piece is not None
+        if self.going:
+            self.pieces.append(piece)
+            self.wrap.feed(piece)
+
+    def note(self, stopped: Callable[[], bool]) -> str:
+        """Why it ended before its end, if it did."""
+        return "stopped" if stopped() else self.chat.stats.cut_off
+
+
+@dataclass
+class Stats:
+    """What a reply cost: tokens, and seconds since it was asked for."""
+    read: int = 0  # tokens before the reply
+    known: int = 0  # those of them that the cache still held from the turn before
+    written: int = 0  # tokens of the reply
+    first: float = 0.0  # seconds until the first of them
+    seconds: float = 0.0
+    cut_off: str = ""  # why the reply ended before its end, if it did
+
+
+def newest_model(candidates: tuple[str, ...] = ("runs/dpo", "runs/sft")) -> str:
+    """The run that finished last."""
+    finished = {name: max(file.stat().st_mtime for file in Path(name).iterdir() if file.name in
+                          ("run.json", "model.safetensors"))
+                for name in candidates if Path(name, "model.safetensors").is_file()}
+    if not finished:
+        raise FileNotFoundError(f"no trained model in {' or '.join(candidates)} (looked in {Path.cwd()})\n"
+                                "Train one:         uv run sft.py\n"
+                                "Use another:       uv run chat.py --model FOLDER\n"
+                                "The untrained one: uv run chat.py --model sample")
+    return max(finished, key=finished.get)
+
+
+# ======== The terminal. A reader may stop here. ===================================================
+
+# ---- commands: the docstring is the help; what stands before its colon, the argument -------------
 
 COMMANDS: dict[str, Callable[[Session, str], None]] = {}
 ALIASES = {"/?": "/help", "/bye": "/exit", "/quit": "/exit", "/clear": "/new", "/regen": "/retry"}  # known elsewhere
@@ -642,7 +510,7 @@ def set_(session: Session, argument: str) -> None:
         return session.screen.say("\n".join(f"{name:20}{getattr(session.cfg, name)}" for name in SETTINGS))
     if name not in SETTINGS:
         raise ValueError(f"There is no setting {name}; the settings are {', '.join(SETTINGS)}.")
-    kind = float if {field.name: field.type for field in fields(Config)}[name] is float else int
+    kind = float if isinstance(getattr(Config, name), float) else int
     try:
         changed = replace(session.cfg, **{name: None if (name, value.lower()) == ("seed", "none") else kind(value)})
     except ValueError:
@@ -695,28 +563,6 @@ def load(session: Session, argument: str) -> None:
     session.show()
 
 
-def file_named(argument: str) -> Path:
-    if not argument:
-        raise ValueError("Name a file, such as chats.jsonl")
-    path = Path(argument).expanduser()
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a file.")
-    return path
-
-
-def read_conversations(path: Path) -> list[data.Conversation]:
-    """The conversations of a JSON or JSONL file, or ValueError if it holds anything else."""
-    found = []
-    for place, _, row in data.file_rows(path):
-        try:
-            if isinstance(row, data.BadRow):
-                raise row
-            found.append(data.as_messages(*data.want(row, "messages"), "messages"))
-        except data.Drop as bad:
-            raise ValueError(f"{place} is no conversation: {bad.args[-1]}") from None
-    return found
-
-
 @command
 def stats(session: Session, argument: str) -> None:
     """show the model, how full its context is, and its speed"""
@@ -753,18 +599,177 @@ def exit_(session: Session, argument: str) -> None:
     raise EOFError
 
 
+def file_named(argument: str) -> Path:
+    if not argument:
+        raise ValueError("Name a file, such as chats.jsonl")
+    path = Path(argument).expanduser()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file.")
+    return path
+
+
+def read_conversations(path: Path) -> list[data.Conversation]:
+    """The conversations of a JSON or JSONL file, or ValueError if it holds anything else."""
+    found = []
+    for place, _, row in data.file_rows(path):
+        try:
+            if isinstance(row, data.BadRow):
+                raise row
+            found.append(data.as_messages(*data.want(row, "messages"), "messages"))
+        except data.Drop as bad:
+            raise ValueError(f"{place} is no conversation: {bad.args[-1]}") from None
+    return found
+
+
+# ---- text on a terminal --------------------------------------------------------------------------
+
+
+class Screen:
+    """Standard output: wrapped on a terminal, in colour where that is wanted, plain text anywhere else."""
+
+    def __init__(self):
+        self.out = sys.stdout
+        self.terminal = self.out.isatty()
+        self.ansi = self.terminal and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+        self.colour = self.ansi and not os.environ.get("NO_COLOR")  # https://no-color.org
+        self.styles = {"note": "2", "error": "31", "label": "1;36", "you": "1;32"}  # dim, red, bold cyan and green
+
+    def width(self) -> int:
+        with suppress(OSError):
+            return os.get_terminal_size(self.out.fileno()).columns or 80
+        return 80
+
+    def paint(self, text: str, style: str = "") -> str:
+        return f"\x1b[{self.styles[style]}m{text}\x1b[0m" if style and self.colour else text
+
+    def write(self, text: str) -> None:
+        self.out.write(text)
+        self.out.flush()
+
+    def wrap(self) -> Wrap:
+        return Wrap(self.write, self.width if self.terminal else None)
+
+    def say(self, text: str, style: str = "") -> None:
+        """Print a text, wherever it comes from, wrapped and harmless."""
+        lines: list[str] = []
+        wrap = Wrap(lines.append, self.width)
+        wrap.feed(text)
+        wrap.flush()
+        self.write(self.paint("".join(lines), style) + "\n")
+
+
+class Wrap:
+    """Wraps text at words while it arrives in pieces, at the width that the terminal has at that moment.
+
+    A word is printed when the next begins and never moves after that: no flicker, and a clean scrollback. Only words
+    longer than a line are broken. Without a width (a pipe has none) the text goes out as it is.
+    """
+
+    def __init__(self, write: Callable[[str], None], width: Callable[[], int] | None):
+        self.write, self.width = write, width
+        self.space = self.word = ""
+        self.column = 0
+
+    def feed(self, text: str) -> None:
+        text = data.visible(text)
+        if not self.width:
+            return self.write(text)
+        for character in text.replace("\t", "    "):
+            if character == "\n":
+                self.flush()
+                self.new_line()
+            elif character == " ":
+                self.flush()
+                self.space += " "
+            else:
+                self.word += character
+                if cell_len(character) == 2 or len(self.word) >= self.width():  # no space needs to be waited for
+                    self.flush()
+
+    def flush(self) -> None:
+        if not self.word:
+            return
+        width, line = self.width(), ""
+        if self.column + len(self.space) + cell_len(self.word) > width:
+            if self.column:
+                self.new_line()
+            self.space = ""
+        for character in self.space + self.word:
+            if self.column and self.column + cell_len(character) > width:
+                line, self.column = line + "\n", 0
+            line, self.column = line + character, self.column + cell_len(character)
+        self.write(line)
+        self.space = self.word = ""
+
+    def new_line(self) -> None:
+        self.write("\n")
+        self.space, self.column = "", 0
+
+    def end(self) -> None:
+        """Print what waits, and leave the line if anything stands on it."""
+        self.flush()
+        if self.column or not self.width:
+            self.new_line()
+
+
+@contextmanager
+def reply_in_progress(screen: Screen) -> Iterator[Callable[[], bool]]:
+    """While replies stream, keys stay off the screen and wait for the next prompt; yields whether Ctrl-C was pressed.
+
+    Ctrl-C sets a flag, because an exception could fall into the middle of the cache's bookkeeping; pressed again, for
+    a model that takes a minute over a token, it is the usual exception. Bracketed paste stays on, so ten lines pasted
+    now are one message at the next prompt.
+    """
+    pressed: list[int] = []
+
+    def interrupt(number, frame):
+        pressed.append(number)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+
+    handler, saved = signal.signal(signal.SIGINT, interrupt), None
+    try:
+        with suppress(ImportError):  # Windows has no termios
+            import termios
+
+            if screen.ansi and sys.stdin.isatty():
+                saved = termios.tcgetattr(sys.stdin)
+                silent = saved[3] & ~(termios.ECHO | termios.ICANON)
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, [*saved[:3], silent, *saved[4:]])
+                screen.write("\x1b[?2004h")
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if saved:
+            screen.write("\x1b[?2004l")
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, saved)
+
+
+# ---- side by side --------------------------------------------------------------------------------
+
+BETWEEN = " | "  # stands between columns
+
+
+class Column(Reply):
+    """A reply that grows in a column of its own, as lines that are not printed yet."""
+
+    def __init__(self, chat: Chat, width: Callable[[], int], coming: Iterator[str]):
+        super().__init__(chat, Wrap(self.write, width), coming)
+        self.lines = [""]
+
+    def write(self, text: str) -> None:
+        first, *more = text.split("\n")
+        self.lines[-1] += first
+        self.lines += more
+
+    def step(self, stopped: Callable[[], bool]) -> None:
+        super().step(stopped)
+        if not self.going:
+            self.wrap.feed(f"\n({note})" if (note := self.note(stopped)) else "")
+            self.wrap.flush()
+
+
 # ---- the prompt ----------------------------------------------------------------------------------
-
-
-def history_file() -> Path | None:
-    """Where typed lines are remembered, for their owner's eyes only; None where nothing can be written."""
-    file = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "gpt2-chat" / "history"
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
-        file.chmod(0o600)  # whatever it was before
-        return file
-    return None
 
 
 def prompt_reader(session: Session) -> Callable[[], str]:
@@ -845,25 +850,15 @@ def prompt_reader(session: Session) -> Callable[[], str]:
     return read
 
 
-# ---- the script ----------------------------------------------------------------------------------
-
-
-def main(cfg: Config) -> None:
-    check(cfg)
-    cfg = replace(cfg, system=os.fsencode(cfg.system).decode("utf-8", "replace"))
-    names, screen = [*filter(None, [cfg.model]), *cfg.compare] or [newest_model()], Screen()
-    if cfg.prompt is None and sys.stdin and sys.stdin.isatty() and screen.terminal:
-        session = Session(cfg, screen, names)
-        found = names[0] + ", the newest model here" if not (cfg.model or cfg.compare) else ", ".join(names)
-        screen.say(f"{found}. /help lists the commands, Ctrl-D leaves.", "note")
-        return session.run()
-    if cfg.prompt is None and sys.stdin and sys.stdin.isatty():
-        print("Type the prompt, then Ctrl-D.", file=sys.stderr)  # as the reply goes to a file or a pipe
-    given = sys.stdin.buffer.read() if cfg.prompt is None and sys.stdin else os.fsencode(cfg.prompt or "")
-    text = given.decode("utf-8-sig", "replace")  # from bytes, for the locale may not be UTF-8
-    if not text.strip():
-        raise ValueError("there is nothing to answer: the prompt is empty")
-    Session(cfg, screen, names).answer_once(text)
+def history_file() -> Path | None:
+    """Where typed lines are remembered, for their owner's eyes only; None where nothing can be written."""
+    file = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "gpt2-chat" / "history"
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+        file.chmod(0o600)  # whatever it was before
+        return file
+    return None
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 A row's way through this file: a reader (a function and one line in `DATA_SETS`) turns a file's rows into `Thread`s
 or `Preference`s, `render` turns messages into ids and a mask of what is learnt, `load_rows` and `load_pairs` drop,
-shorten, split and count, `pack` lays a step's rows end to end. `uv run data.py SPEC` shows what a data set becomes.
+shorten, split and count, `Order` says which rows a step has, and `pack` lays them end to end. The file begins with
+the tokens and goes back to the files. A reader of the mathematics may stop at "From files to rows".
 
-A SPEC is NAME, NAME:PATH or PATH, each with an optional @WEIGHT: `oasst1`, `oasst1:trees.jsonl.gz`, `chats.jsonl`,
-`smoltalk@0.5`. PATH is a file in that data set's own format or a folder that `datasets.load_dataset` reads.
+`uv run data.py SPEC` shows what a data set becomes. A SPEC is NAME, NAME:PATH or PATH, each with an optional @WEIGHT:
+`oasst1`, `oasst1:trees.jsonl.gz`, `chats.jsonl`, `smoltalk@0.5`. PATH is a file in that data set's own format or a
+folder that `datasets.load_dataset` reads.
 """
 
 from __future__ import annotations
 
-import base64
+import contextlib
+import dataclasses
 import difflib
 import gzip
 import hashlib
@@ -20,6 +23,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import textwrap
 import unicodedata
@@ -34,6 +38,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import tiktoken
+import tiktoken.load
 import tyro
 
 
@@ -58,21 +63,24 @@ Conversation = list[dict]                # {"role": "system" | "user" | "assista
 
 # ---- the tokenizer -------------------------------------------------------------------------------
 
-RANKS = HERE / "sample" / "gpt2.tiktoken"
-RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+TOKENIZER = HERE / "sample" / "tokenizer"   # OpenAI's two files, by the names that Hugging Face gave them
+SHA256 = {"merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+          "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 @cache
 def tokenizer() -> tiktoken.Encoding:
-    """GPT-2's byte-pair encoding, from the ranks that ship with the project, so that nothing is downloaded."""
-    ranks = RANKS.read_bytes() if RANKS.is_file() else b""
-    if hashlib.sha256(ranks).hexdigest() != RANKS_SHA256:
-        raise FileNotFoundError(f"{RANKS}, the tokenizer's ranks, is {'damaged' if ranks else 'missing'}\n"
-                                f"Restore it:  git checkout {RANKS.relative_to(HERE)}")
-    pairs = (line.split() for line in ranks.splitlines())
-    return tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, special_tokens={EOT_TEXT: EOT},
-                             mergeable_ranks={base64.b64decode(token): int(rank) for token, rank in pairs})
+    """GPT-2's byte-pair encoding, from the files that ship with the project, so that nothing is downloaded."""
+    for name, wanted in SHA256.items():
+        content = (TOKENIZER / name).read_bytes() if (TOKENIZER / name).is_file() else b""
+        if hashlib.sha256(content).hexdigest() != wanted:
+            raise FileNotFoundError(f"{TOKENIZER / name}, of the tokenizer, is {'damaged' if content else 'missing'}\n"
+                                    f"Restore it:  git checkout {(TOKENIZER / name).relative_to(HERE)}")
+    # tiktoken keeps a copy in the temporary folder, which it checks against the same sums
+    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*(str(TOKENIZER / name) for name in SHA256),
+                                                          *SHA256.values())
+    return tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, special_tokens={EOT_TEXT: EOT}, mergeable_ranks=ranks)
 
 
 def clean(text: str) -> str:
@@ -98,87 +106,15 @@ def text_of(ids: Iterable[int]) -> str:
         errors="replace")
 
 
-def save_tokenizer(folder: str | Path) -> None:
-    """Write the tokenizer and its chat template into `folder`, as transformers (and what reads its files) wants them.
-
-    tiktoken keeps ranks where transformers keeps merges. A rank's merge is found by encoding its bytes with the
-    lower ranks only: exactly two parts are left.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    letters = _byte_letters()
-    names = {rank: "".join(letters[b] for b in token) for token, rank in tokenizer()._mergeable_ranks.items()}
-    vocab = {names[rank]: rank for rank in range(EOT)} | {EOT_TEXT: EOT}
-    merges = [tuple("".join(letters[b] for b in part) for part in pair) for pair in _merges()]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    control = {"content": EOT_TEXT, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    files = {
-        "tokenizer.json": {
-            "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
-            "added_tokens": [{"id": EOT, **control, "special": True}],
-            "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-                      "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
-                      "merges": merges}},
-        "tokenizer_config.json": {
-            "tokenizer_class": "GPT2Tokenizer", "model_max_length": 1024, "add_prefix_space": False,
-            "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
-            "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT, "pad_token": EOT_TEXT},
-        "vocab.json": vocab,
-    }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *map(" ".join, merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-
-
-def _byte_letters() -> list[str]:
-    """The printable letter by which GPT-2's files name each byte: itself where it prints, else from U+0100 on."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = (chr(256 + n) for n in range(256))
-    return [chr(b) if b in printable else next(others) for b in range(256)]
-
-
-@cache
-def _merges() -> list[tuple[bytes, bytes]]:
-    ranks = tokenizer()._mergeable_ranks
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
-            parts[best:best + 2] = [parts[best] + parts[best + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
-    return merges
-
-
 # ---- the chat template ---------------------------------------------------------------------------
-
-# The template of `render` for transformers. There, text and control tokens go through one string, so content that
-# spells the control token is spelt otherwise first; here, `render` inserts the id and encodes content as mere text.
-# `generation` marks what transformers' return_assistant_tokens_mask gives: the mask of `render`.
-CHAT_TEMPLATE = (
-    "<|endoftext|>{% for message in messages %}{{ message['role'] }}\n"
-    "{% set content = message['content'] | trim | replace('<|endoftext|>', '<|end of text|>') %}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ content }}<|endoftext|>{% endgeneration %}"
-    "{% else %}{{ content }}<|endoftext|>{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
-)
-
-
-@cache
-def _header(role: str) -> list[int]:
-    """The ids that open a message of `role`, the control token included."""
-    if role not in ROLES:
-        raise ValueError(f"unknown role {visible(str(role))[:80]!r}, wanted one of {', '.join(ROLES)}")
-    return [EOT, *tokenizer().encode_ordinary(f"{role}\n")]
 
 
 def render(messages: Conversation, supervise: Sequence[bool] | None = None, reply: bool = False,
            encoded: dict[str, list[int]] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """THE chat template: (ids int32 (T,), mask bool (T,)), where mask[t] says that ids[t] is to be learnt.
+
+        ids   <|endoftext|> user \\n Two and two ? <|endoftext|> assistant \\n Four . <|endoftext|>
+        mask        0         0   0  0   0   0  0        0           0      0   1  1       1
 
     <|endoftext|> opens every message and closes the conversation; that which follows a supervised message belongs to
     it, for a reply learns to end. Content never starts with white space, so a message's ids are those of its header
@@ -188,7 +124,7 @@ def render(messages: Conversation, supervise: Sequence[bool] | None = None, repl
     """
     if supervise is None:
         supervise = [message["role"] == "assistant" for message in messages]
-    ids, mask, learnt = [], [], False
+    ids, mask, learnt = [], [], False   # learnt: whether the message before is, with the <|endoftext|> behind it
     for message, learn in zip(messages, supervise, strict=True):
         header, content = _header(message["role"]), clean(message["content"])
         content = encoded[content] if encoded and content in encoded else tokenizer().encode_ordinary(content)
@@ -201,38 +137,48 @@ def render(messages: Conversation, supervise: Sequence[bool] | None = None, repl
     return np.array(ids, np.int32), np.array(mask, bool)
 
 
-def messages_of(ids: Iterable[int]) -> Conversation:
-    """The conversation that `render` turned into ids; of a shortened one, what is left."""
-    messages, ids = [], [int(i) for i in ids]
-    starts = [t for t, i in enumerate(ids) if i == EOT]
-    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-        role = next((role for role in ROLES if ids[start:start + len(_header(role))] == _header(role)), None)
-        if role:  # the last <|endoftext|> opens nothing
-            messages.append({"role": role, "content": text_of(ids[start + len(_header(role)):end])})
-    return messages
+@cache
+def _header(role: str) -> list[int]:
+    """The ids that open a message of `role`, the control token included."""
+    if role not in ROLES:
+        raise ValueError(f"unknown role {visible(str(role))[:80]!r}, wanted one of {', '.join(ROLES)}")
+    return [EOT, *tokenizer().encode_ordinary(f"{role}\n")]
+
+
+def exchanges(messages: Conversation) -> list[Conversation]:
+    """The messages in exchanges: one begins where the user speaks after someone else did."""
+    found: list[Conversation] = []
+    for message in messages:
+        if not found or message["role"] == "user" != found[-1][-1]["role"]:
+            found.append([])
+        found[-1].append(message)
+    return found
 
 
 def without_oldest(messages: Conversation, room: int, reply: bool = False,
                    encoded: dict[str, list[int]] | None = None) -> Conversation:
     """The conversation less its oldest whole exchanges, so that `render` gives at most `room` ids.
 
-    Opening system messages stay, and so does the last exchange, be it too long or not. An exchange starts where
-    the user speaks after someone else did.
+    Opening system messages stay, and so does the last exchange, be it too long or not.
     """
-    encoded = encoded or {}
-    roles = [message["role"] for message in messages]
-    contents = [clean(message["content"]) for message in messages]
-    lengths = [len(_header(role)) + len(encoded[text] if text in encoded else tokenizer().encode_ordinary(text))
-               for role, text in zip(roles, contents, strict=True)]
-    head = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
-    starts = [head] + [i for i in range(head + 1, len(roles)) if roles[i] == "user" != roles[i - 1]]
+    opening = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    system, turns = messages[:opening], exchanges(messages[opening:])
     tail = len(_header("assistant")) if reply else 1
-    before, total = np.cumsum([0, *lengths]), sum(lengths) + tail
-    start = next((s for s in starts if total - (before[s] - before[head]) <= room), starts[-1])
-    return messages[:head] + messages[start:]
+    system_size, *sizes = (len(render(part, encoded=encoded)[0]) - 1 for part in (system, *turns))
+    while len(turns) > 1 and system_size + sum(sizes) + tail > room:
+        turns, sizes = turns[1:], sizes[1:]
+    return [*system, *chain.from_iterable(turns)]
 
 
-# ---- rows and batches ----------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """What would be computed by itself: a conversation, or a pair's prompt with one of its replies."""
+
+    ids: np.ndarray         # (T,)
+    targets: np.ndarray     # which of them are predicted
+    key: object = None      # texts with the same key are computed once; None is no other's
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -246,9 +192,20 @@ class Row:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def texts(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """[(tokens, which of them are targets)]: what is to be computed."""
-        return [(self.ids, np.flatnonzero(self.mask[1:]) + 1)]      # nothing predicts a row's first token
+    @property
+    def family(self) -> str | None:
+        """The same for rows that begin alike: the threads of one tree."""
+        return self.opening
+
+    @property
+    def learnt(self) -> int:
+        return int(self.mask.sum())
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return self.ids, self.mask
+
+    def texts(self) -> list[Text]:
+        return [Text(self.ids, np.flatnonzero(self.mask[1:]) + 1)]      # nothing predicts a row's first token
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -262,10 +219,28 @@ class Pair:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
-    def texts(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """[(tokens, which of them are targets)] of the chosen and of the rejected reply, each after the prompt."""
-        return [(np.concatenate([self.prompt, reply]), np.arange(len(self.prompt), len(self.prompt) + len(reply)))
-                for reply in (self.chosen, self.rejected)]
+    @property
+    def family(self) -> bytes:
+        """The same for pairs of one prompt."""
+        return self.prompt.tobytes()
+
+    @property
+    def learnt(self) -> int:
+        return len(self.chosen) + len(self.rejected)
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return self.prompt, self.chosen, self.rejected
+
+    def texts(self) -> list[Text]:
+        """Of the chosen and of the rejected reply; the same reply in another pair is the same text."""
+        both = []
+        for reply in (self.chosen, self.rejected):
+            ids = np.concatenate([self.prompt, reply])
+            both.append(Text(ids, np.arange(len(self.prompt), len(ids)), key=(ids.tobytes(), len(reply))))
+        return both
+
+
+# ---- batches -------------------------------------------------------------------------------------
 
 
 class Span(NamedTuple):
@@ -277,23 +252,57 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows laid end to end, N tokens without padding, with M targets.
+    """Rows laid end to end, N tokens without padding, with M targets; what texts share from their start is here once.
 
-    A text is what would be computed by itself: a conversation, or a pair's prompt with one of its replies. What texts
-    have in common from their start is here once: a prompt for all its replies, the beginning of a tree for all its
-    threads. Each text has a span, its own end, and finds what it shares in the prefix. A reply is one text for all the
-    pairs that it is in.
+    Two replies A and B to one prompt P, of 3, 2 and 2 tokens:
+
+        tokens        P P P A A | B B       N = 7 and not 10
+        positions     0 1 2 3 4 | 3 4       in the text that a token is of
+        spans         Span(5, ())           P and A, which attend causally to themselves
+                      Span(2, ((0, 3),))    B, which attends to itself and to the first 3 tokens of span 0
+        targets       A A | B B             M = 4
+        index         2 3 | 2 5             the token after which each target comes: B's first comes after P's last
+        target_span   0 0 | 1 1
+        pairs         [[0, 1]]              the chosen reply is in span 0, the rejected one in span 1
+
+    Texts that share nothing are laid one behind the other. A reply that is in several pairs is one text for all.
     """
 
-    tokens: np.ndarray      # (N,) int64
-    positions: np.ndarray   # (N,) int64: in the token's own row
-    spans: tuple[Span, ...]
-    index: np.ndarray       # (M,) int64: the token after which targets[m] comes
-    targets: np.ndarray     # (M,) int64, span by span
-    span: np.ndarray        # (M,) int64: the span of the text that targets[m] is in
-    pairs: np.ndarray       # (R, 2) int64: the spans of each pair's chosen and rejected reply; (0, 2) if rows are none
-    rows: np.ndarray        # (R,) int64: which rows of the data set these are
-    row_tokens: int         # in all these rows, what they share counted for each
+    tokens: np.ndarray          # (N,) int64
+    positions: np.ndarray       # (N,) int64
+    spans: tuple[Span, ...]     # a text's own end, each
+    index: np.ndarray           # (M,) int64
+    targets: np.ndarray         # (M,) int64, span by span
+    target_span: np.ndarray     # (M,) int64: the span of the text that targets[m] is in
+    pairs: np.ndarray           # (R, 2) int64: the spans of a pair's chosen and rejected reply; (0, 2) of conversations
+    rows: np.ndarray            # (R,) int64: which rows of the data set these are
+    row_tokens: int             # in all these rows, what they share counted for each
+
+
+def pack(rows: Sequence[Row | Pair], indices: Iterable[int]) -> Batch:
+    """The rows of these indices as one batch."""
+    indices = [int(i) for i in indices]
+    texts, members = different_texts(rows[i] for i in indices)
+    tokens, positions, spans, index, targets, target_span, span_of = [], [], [], [], [], [], {}
+    # of the text before: where in the batch each of its tokens is, and of which spans' tokens it is made
+    place, made_of, start = np.zeros(0, np.int64), (), 0
+    for n, shared in shared_beginnings([text.ids for text in texts]):
+        ids, predicted, _ = texts[n]
+        span_of[n], own = len(spans), len(ids) - shared
+        spans.append(Span(own, first_tokens(shared, made_of)))
+        made_of = (*spans[-1].prefix, (span_of[n], own))
+        place = np.concatenate([place[:shared], np.arange(start, start + own)])
+        start += own
+        tokens.append(ids[shared:])
+        positions.append(np.arange(shared, len(ids)))
+        index.append(place[predicted - 1])
+        targets.append(ids[predicted])
+        target_span.append(np.full(len(predicted), span_of[n]))
+    flat = [np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+            for parts in (tokens, positions, index, targets, target_span)]
+    pairs = [[span_of[n] for n in both] for both in members if len(both) == 2]
+    return Batch(flat[0], flat[1], tuple(spans), *flat[2:], np.array(pairs, np.int64).reshape(-1, 2),
+                 np.array(indices, np.int64), sum(len(rows[i]) for i in indices))
 
 
 WORTH_SHARING = 16  # tokens: less than that is computed sooner than split off
@@ -313,78 +322,80 @@ def shared_beginnings(texts: Sequence[np.ndarray]) -> Iterator[tuple[int, int]]:
         before = texts[n]
 
 
-def different_texts(rows: Iterable[Row | Pair]) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[list[int]]]:
+def different_texts(rows: Iterable[Row | Pair]) -> tuple[list[Text], list[list[int]]]:
     """The texts of these rows, and which of them each row has.
 
     A reply that several pairs have is one text. A conversation that is there twice is two, for its loss counts twice.
     """
-    texts, numbers, members = [], {}, []
+    texts, places, members = [], {}, []
     for row in rows:
         members.append([])
-        for ids, learnt in row.texts():
-            key = (ids.tobytes(), len(learnt)) if isinstance(row, Pair) else len(texts)
-            members[-1].append(numbers.setdefault(key, len(texts)))
-            if members[-1][-1] == len(texts):
-                texts.append((ids, learnt))
+        for text in row.texts():
+            n = len(texts) if text.key is None else places.setdefault(text.key, len(texts))
+            if n == len(texts):
+                texts.append(text)
+            members[-1].append(n)
     return texts, members
 
 
-def pack(rows: Sequence[Row | Pair], indices: Iterable[int]) -> Batch:
-    """The rows of these indices as one batch."""
-    indices = [int(i) for i in indices]
-    texts, members = different_texts(rows[i] for i in indices)
-    tokens, positions, spans, index, targets, span, number = [], [], [], [], [], [], {}
-    place, prefix, start = np.zeros(0, np.int64), (), 0     # of the text before: where each of its tokens is
-    for n, shared in shared_beginnings([ids for ids, _ in texts]):
-        ids, learnt = texts[n]
-        number[n], own = len(spans), len(ids) - shared
-        spans.append(Span(own, first(shared, prefix)))
-        prefix = (*spans[-1].prefix, (number[n], own))
-        place = np.concatenate([place[:shared], np.arange(start, start + own)])
-        start += own
-        tokens.append(ids[shared:])
-        positions.append(np.arange(shared, len(ids)))
-        index.append(place[learnt - 1])
-        targets.append(ids[learnt])
-        span.append(np.full(len(learnt), number[n]))
-    flat = [np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
-            for parts in (tokens, positions, index, targets, span)]
-    pairs = [[number[n] for n in both] for both in members if len(both) == 2]
-    return Batch(flat[0], flat[1], tuple(spans), *flat[2:], np.array(pairs, np.int64).reshape(-1, 2),
-                 np.array(indices, np.int64), sum(len(rows[i]) for i in indices))
-
-
-def first(tokens: int, spans: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """The first so many tokens of these spans."""
+def first_tokens(count: int, spans: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """The first `count` tokens of these (span, tokens)."""
     kept = []
     for n, length in spans:
-        if tokens > 0:
-            kept.append((n, min(length, tokens)))
-        tokens -= length
+        if count > 0:
+            kept.append((n, min(length, count)))
+        count -= length
     return tuple(kept)
 
 
-def computed(rows: Iterable[Row | Pair]) -> int:
-    """The tokens of a batch of these rows."""
-    texts = [ids for ids, _ in different_texts(rows)[0]]
-    return sum(len(texts[n]) - shared for n, shared in shared_beginnings(texts))
+# ---- the rows of a step --------------------------------------------------------------------------
+
+
+class Order:
+    """The rows of each step, by seed and step alone: nothing has to be saved to resume.
+
+    An endless stream of epochs, each of which visits every row once; steps may cross epochs. An epoch shuffles the
+    families, so that rows that begin alike come one after another and what they share is computed once. Ouyang et al.
+    2022 (https://arxiv.org/abs/2203.02155, section 3.5) keep all comparisons of a prompt together for the same reason.
+    """
+
+    def __init__(self, rows: Sequence[Row | Pair], batch_size: int, seed: int):
+        self.families, self.batch_size, self.seed = families(rows), batch_size, seed
+
+    # a step has rows of one epoch or of two; and an order lives as long as its run
+    @lru_cache(maxsize=2)  # noqa: B019
+    def epoch(self, number: int) -> np.ndarray:
+        """(rows,) indices: the families in random turn, and the rows of each in random order."""
+        rng, rows = np.random.default_rng((self.seed, number)), len(self.families)
+        turn = rng.permutation(self.families.max() + 1)
+        return np.lexsort((rng.random(rows), turn[self.families]))
+
+    def __call__(self, step: int) -> np.ndarray:
+        """(batch_size,) indices."""
+        rows, at = len(self.families), range(step * self.batch_size, (step + 1) * self.batch_size)
+        return np.array([self.epoch(p // rows)[p % rows] for p in at], np.int64)
 
 
 def families(rows: Sequence[Row | Pair]) -> np.ndarray:
     """(rows,) numbers from 0, the same for rows that begin alike: the threads of one tree, the pairs of one prompt."""
     numbers = {}
-    keys = (row.prompt.tobytes() if isinstance(row, Pair) else row.opening or n for n, row in enumerate(rows))
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+    names = (n if row.family is None else row.family for n, row in enumerate(rows))
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
 
 
-def groups(rows: Sequence[Row | Pair], indices: Iterable[int], token_budget: int) -> list[tuple[int, list[int]]]:
+def micro_batches(rows: Sequence[Row | Pair], indices: Iterable[int], token_budget: int) -> list[Batch]:
+    """These rows in batches of at most `token_budget` tokens each (a single row may have more)."""
+    return into_batches(rows, divide(rows, indices, token_budget), token_budget)
+
+
+def divide(rows: Sequence[Row | Pair], indices: Iterable[int], token_budget: int) -> list[tuple[int, list[int]]]:
     """(tokens, rows) that are computed together, largest first: families, halved until they fit the budget."""
     indices, found, parts = [int(i) for i in indices], defaultdict(list), []
     for i, family in zip(indices, families([rows[i] for i in indices]).tolist(), strict=True):
         found[family].append(i)
     todo = list(found.values())
     for members in todo:    # which grows as it goes
-        size, half = computed(rows[i] for i in members), len(members) // 2
+        size, half = tokens_computed(rows[i] for i in members), len(members) // 2
         if half and size > token_budget:
             todo += [members[:half], members[half:]]
         else:
@@ -392,15 +403,11 @@ def groups(rows: Sequence[Row | Pair], indices: Iterable[int], token_budget: int
     return sorted(parts, key=lambda part: -part[0])
 
 
-def micro_batches(rows: Sequence[Row | Pair], indices: Iterable[int], token_budget: int) -> list[Batch]:
-    """These rows in batches of at most `token_budget` tokens each (a single row may have more)."""
-    return fill(rows, groups(rows, indices, token_budget), token_budget)
+def into_batches(rows: Sequence[Row | Pair], largest_first: list[tuple[int, list[int]]],
+                 token_budget: int) -> list[Batch]:
+    """Batches of the parts that `divide` gives.
 
-
-def fill(rows: Sequence[Row | Pair], largest_first: list[tuple[int, list[int]]], token_budget: int) -> list[Batch]:
-    """Batches of these groups.
-
-    As few and as even as can be had cheaply: largest groups first, each into the batch that has the fewest tokens, and
+    As few and as even as can be had cheaply: largest parts first, each into the batch that has the fewest tokens, and
     again with more batches if that overflows.
     """
     total = sum(min(size, token_budget) for size, _ in largest_first)
@@ -416,44 +423,176 @@ def fill(rows: Sequence[Row | Pair], largest_first: list[tuple[int, list[int]]],
     return []
 
 
-class Order:
-    """The rows of each step, by seed and step alone: nothing has to be saved to resume.
+def tokens_computed(rows: Iterable[Row | Pair]) -> int:
+    """The tokens of a batch of these rows."""
+    texts = [text.ids for text in different_texts(rows)[0]]
+    return sum(len(texts[n]) - shared for n, shared in shared_beginnings(texts))
 
-    An endless stream of epochs, each of which visits every row once; steps may cross epochs. An epoch shuffles the
-    families, so that rows that begin alike come one after another and what they share is computed once. Ouyang et al.
-    2022 (https://arxiv.org/abs/2203.02155, section 3.5) keep all comparisons of a prompt together for the same reason.
+
+# ======== From files to rows. A reader of the mathematics may stop here. ==========================
+
+# ---- from conversations to rows ------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """How data sets are read: settings that sft.py, dpo.py and data.py have in common."""
+
+    context: int = 1024  # tokens of a row at most; longer conversations lose their oldest exchanges
+    val_fraction: float = 0.05  # share of the conversation trees held out for validation
+    seed: int = 0  # order of the rows, split, dropout and LoRA's first values
+    bad_rows: Literal["error", "skip"] = "error"  # what a malformed row of a data file does
+    language: str = "en"  # which of OASST's
+
+
+@dataclass
+class Data:
+    """What training needs of its data. Rows of one conversation tree are all in train or all in val."""
+
+    train: list[Row] | list[Pair]
+    val: list[Row] | list[Pair]
+    counts: list[Count] # what became of the rows, by SPEC
+    fingerprint: str    # sha256 over all ids and masks in order: a resumed run must see the same data
+
+    @property
+    def report(self) -> Count:
+        """What became of the rows of all SPECs."""
+        return Count(" ".join(count.spec for count in self.counts), kept=sum(count.kept for count in self.counts),
+                     dropped=sum((count.dropped for count in self.counts), Counter()),
+                     notes=sum((count.notes for count in self.counts), Counter()))
+
+    def report_json(self) -> dict:
+        """The counts, and what the rows are like: lengths in tokens (of a pair, both replies and the prompt once)."""
+        rows = [*self.train, *self.val]
+        lengths, learnt = [len(row) for row in rows], sum(row.learnt for row in rows)
+        return self.report.as_json() | {
+            "train": len(self.train), "val": len(self.val), "tokens": sum(lengths), "supervised_tokens": learnt,
+            "supervised_share": round(learnt / sum(lengths), 4),
+            "length": {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 25, 50, 75, 95)} | {"max": max(lengths)},
+            "specs": [count.as_json() for count in self.counts], "fingerprint": self.fingerprint}
+
+
+def load_rows(specs: Sequence[str], reading: Reading | None = None) -> Data:
+    """The conversations of all SPECs as rows."""
+    return _load(specs, "conversations", build_row, reading or Reading())
+
+
+def load_pairs(specs: Sequence[str], reading: Reading | None = None) -> Data:
+    """The preferences of all SPECs as pairs."""
+    return _load(specs, "preferences", build_pair, reading or Reading())
+
+
+def _load(specs: Sequence[str], what: str, build: Callable, reading: Reading) -> Data:
+    """Read each SPEC, build its rows, and split them by their trees."""
+    if not 0 <= reading.val_fraction < 1:
+        raise ValueError(f"val_fraction is {reading.val_fraction}, wanted at least 0 and less than 1")
+    specs, counts, seen = [specs] if isinstance(specs, str) else list(specs), [], set()
+    built: list[tuple[float, Row | Pair, int]] = []     # its side, and its copies if it is trained on
+    for spec in specs:
+        counts.append(count := Count(visible(spec), reading.bad_rows))
+        for candidate, encoded, side, copies in candidates(spec, what, count, reading):
+            try:
+                built.append((side, build(candidate, encoded, count, reading.context, seen), copies))
+                count.kept += 1
+            except Drop as drop:
+                count.drop(drop.args[0])
+        count.notes = +count.notes      # less those that are zero
+    if not built:
+        reasons = sum((count.dropped for count in counts), Counter()).most_common(5)
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in reasons) or "it has none"
+        first = next((f"\nfor example  {c.first_bad}" for c in counts if c.first_bad), "")
+        raise ValueError(f"no {what} are left of {excerpt(' '.join(specs))}: {reasons}{first}")
+    # however small the data set, there is a tree to validate on and one to train on
+    sides = sorted({side for side, _, _ in built})
+    threshold = max(reading.val_fraction, sides[0] + 2**-53) if reading.val_fraction and len(sides) > 1 else 0.0
+    threshold = min(threshold, sides[-1])
+    train = [row for side, row, n in built if side >= threshold for _ in range(n)]
+    val = [row for side, row, _ in built if side < threshold]
+    return Data(train, val, counts, rows_sha256(train, val))
+
+
+def candidates(spec: str, what: str, count: Count,
+               reading: Reading) -> Iterator[tuple[Thread | Preference, dict[str, list[int]], float, int]]:
+    """The conversations or preferences of a SPEC that its weight takes.
+
+    Each with the ids of its texts (encoded in bulk), the side of its tree, and how often it is taken.
     """
-
-    def __init__(self, rows: Sequence[Row | Pair], batch_size: int, seed: int):
-        self.families, self.batch_size, self.seed = families(rows), batch_size, seed
-        self.epoch = lru_cache(maxsize=2)(self.shuffled)
-
-    def shuffled(self, epoch: int) -> np.ndarray:
-        """(rows,) indices: the families in random turn, and the rows of each in random order."""
-        rng, rows = np.random.default_rng((self.seed, epoch)), len(self.families)
-        turn = rng.permutation(self.families.max() + 1)
-        return np.lexsort((rng.random(rows), turn[self.families]))
-
-    def __call__(self, step: int) -> np.ndarray:
-        """(batch_size,) indices."""
-        rows, at = len(self.families), range(step * self.batch_size, (step + 1) * self.batch_size)
-        return np.array([self.epoch(p // rows)[p % rows] for p in at], np.int64)
+    name, path, weight = parse_spec(spec)
+    reader = getattr(DATA_SETS[name], what)
+    if reader is None:
+        able = ", ".join(n for n, data_set in DATA_SETS.items() if getattr(data_set, what) and n != "jsonl")
+        raise ValueError(f"{name} holds no {what}\nThese do: {able}, or your own PATH.jsonl")
+    found = iter(reader(open_spec(name, path), count, reading.language))
+    while chunk := list(islice(found, 4096)):      # bounded, for a data set may have a million
+        hashes = [tree_hash(reading.seed, candidate.opening) for candidate in chunk]
+        copies = [int(weight) + (luck < weight % 1) for _, luck in hashes]
+        taken = [(c, side, n) for c, (side, _), n in zip(chunk, hashes, copies, strict=True) if n]
+        count.drop("left out by its weight", len(chunk) - len(taken))
+        encoded = encode_all(text for candidate, _, _ in taken for text in candidate.texts())
+        yield from ((candidate, encoded, side, n) for candidate, side, n in taken)
 
 
-# ---- what readers read and how they refuse -------------------------------------------------------
+def build_row(thread: Thread, encoded: dict, count: Count, context: int, seen: set[str]) -> Row:
+    """Too long a thread loses its oldest exchanges before it loses the end of its last reply, and with that the EOT.
 
-LONGEST_TEXT = 1_000_000        # characters of one message: some 250,000 tokens, far beyond any context
-LONGEST_LINE = 1 << 26          # bytes of one line of a file, 64 MiB
-DEEPEST = 200                   # messages from the first to the last of a conversation tree
-MOST_SIBLINGS = 32              # ranked replies to one message that are compared, each with each
+    `seen` holds the messages that are learnt in rows before this one: a turn that threads share is learnt once.
+    """
+    messages = without_oldest(thread.messages, context, encoded=encoded)
+    keys = thread.keys and thread.keys[-len(messages):]     # OASST has no system messages: what is lost was in front
+    learn = [m["role"] == "assistant" and not (keys and keys[i] in seen) for i, m in enumerate(messages)]
+    if not any(learn):
+        raise Drop(thread.cut or "every reply is learnt in another row")
+    ids, mask = render(messages, learn, encoded=encoded)
+    row = Row(ids[:context], mask[:context], keys[0] if keys else None)
+    if not row.mask.any():
+        raise Drop("no reply within the context")
+    seen.update(key for key, used in zip(keys or (), learn, strict=False) if used)
+    count.notes["lost its oldest exchanges"] += len(messages) < len(thread.messages)
+    count.notes["lost the end of its last reply"] += len(ids) > context
+    count.notes["cut at the last good reply"] += thread.cut is not None
+    return row
 
 
-class Drop(Exception):
-    """A row that is well formed and is not used. Its argument is the reason under which it is counted."""
+def build_pair(pair: Preference, encoded: dict, count: Count, context: int, seen: set[tuple[str, str]]) -> Pair:
+    """Too long a prompt loses its oldest exchanges, then the start of its last message. Both replies stay whole."""
+    if pair.key in seen:
+        raise Drop("the same pair was read before")
+    chosen, rejected = (np.array([*encoded[reply], EOT], np.int32) for reply in (pair.chosen, pair.rejected))
+    room = context - max(len(chosen), len(rejected))
+    messages = without_oldest(pair.prompt, room, reply=True, encoded=encoded)
+    prompt, _ = render(messages, reply=True, encoded=encoded)
+    if len(prompt) > room:
+        last = len(encoded[messages[-1]["content"]])
+        if len(prompt) - room >= last:
+            raise Drop("replies too long for the context")
+        start = len(prompt) - len(_header("assistant")) - last
+        prompt = np.delete(prompt, slice(start, start + len(prompt) - room))
+        count.notes["lost the start of its prompt's last message"] += 1
+    count.notes["lost its oldest exchanges"] += len(messages) < len(pair.prompt)
+    if pair.key:
+        seen.add(pair.key)
+    return Pair(prompt, chosen, rejected)
 
 
-class BadRow(Drop):
-    """A row that breaks its format: an error, or with --bad-rows skip a drop. Arguments: reason, what is wrong."""
+def tree_hash(seed: int, opening: str) -> tuple[float, float]:
+    """Two numbers in [0, 1) for the tree of a conversation: one decides its side, the other whether a weight takes it.
+
+    A tree is known by what its user says first, and so are two trees, in whatever data sets, that ask the same.
+    """
+    opening = " ".join(opening.casefold().split())
+    digest = hashlib.blake2b(f"{seed}\0{opening}".encode(), digest_size=16).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53, (int.from_bytes(digest[8:], "big") >> 11) / 2**53
+
+
+def rows_sha256(*sides: Sequence[Row | Pair]) -> str:
+    digest = hashlib.sha256()
+    for rows in sides:
+        digest.update(len(rows).to_bytes(8, "big"))
+        for row in rows:
+            for array in row.arrays():
+                digest.update(len(array).to_bytes(8, "big"))
+                digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(slots=True)
@@ -464,6 +603,13 @@ class Thread:
     keys: list[str] | None = None       # a name for each message, by which one in several threads is learnt once
     cut: str | None = None              # why the thread does not go on, if something that followed was dropped
 
+    @property
+    def opening(self) -> str:
+        return first_question(self.messages)
+
+    def texts(self) -> list[str]:
+        return [message["content"] for message in self.messages]
+
 
 @dataclass(slots=True)
 class Preference:
@@ -473,6 +619,28 @@ class Preference:
     chosen: str
     rejected: str
     key: tuple[str, str] | None = None
+
+    @property
+    def opening(self) -> str:
+        return first_question(self.prompt)
+
+    def texts(self) -> list[str]:
+        return [*(message["content"] for message in self.prompt), self.chosen, self.rejected]
+
+
+def first_question(messages: Conversation) -> str:
+    return next((m["content"] for m in messages if m["role"] == "user"), messages[0]["content"])
+
+
+class Drop(Exception):
+    """A row that is well formed and is not used. Its argument is the reason under which it is counted."""
+
+
+class BadRow(Drop):
+    """A row that breaks its format: an error, or with --bad-rows skip a drop. Arguments: reason, what is wrong."""
+
+
+# ---- what a reader may use -----------------------------------------------------------------------
 
 
 @dataclass
@@ -500,51 +668,43 @@ class Count:
         return {"spec": self.spec, "kept": self.kept, "dropped": dict(self.dropped.most_common()),
                 "read": self.kept + self.dropped.total(), "notes": dict(self.notes.most_common())}
 
-    def each(self, rows: Iterable[FileRow], read_one: Callable[[dict], Any]) -> Iterator[Any]:
-        """read_one(row) of every row; what it refuses is counted, or raised where bad rows are errors."""
-        for place, raw, row in rows:
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                result = read_one(row)
-            except BadRow as bad:
-                reason, wrong = bad.args
-                what = f"{place}: {wrong}\n  the row: {excerpt(raw)}"
-                if self.bad_rows != "skip":
-                    skip = ", or leave such rows out with --bad-rows skip" if self.bad_rows else ""
-                    raise ValueError(f"{what}\nMend it{skip}") from None
-                self.first_bad = self.first_bad or what
-                self.drop(f"bad row: {reason}")
-            except Drop as drop:
-                self.drop(drop.args[0])
-            else:
-                yield result
-
 
 FileRow = tuple[str, Any, Any]      # the place (file:line), the row as it stands there, the row read or a BadRow
 Reader = Callable[[Iterable[FileRow], Count, str], Iterator[Thread] | Iterator[Preference]]
 
 
+def rows_read(rows: Iterable[FileRow], read_one: Callable[[dict], Any], count: Count) -> Iterator[Any]:
+    """read_one(row) of every row; what it refuses is counted, or raised where bad rows are errors."""
+    for place, raw, row in rows:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            result = read_one(row)
+        except BadRow as bad:
+            reason, wrong = bad.args
+            what = f"{place}: {wrong}\n  the row: {excerpt(raw)}"
+            if count.bad_rows != "skip":
+                skip = ", or leave such rows out with --bad-rows skip" if count.bad_rows else ""
+                raise ValueError(f"{what}\nMend it{skip}") from None
+            count.first_bad = count.first_bad or what
+            count.drop(f"bad row: {reason}")
+        except Drop as drop:
+            count.drop(drop.args[0])
+        else:
+            yield result
+
+
 def row_by_row(read_one: Callable[[dict], Thread | Preference]) -> Reader:
     """A reader for data sets of which every row stands alone."""
     def reader(rows, count, language):
-        return count.each(rows, read_one)
+        return rows_read(rows, read_one, count)
     return reader
 
 
-def excerpt(raw: Any) -> str:
-    """The first 80 characters of a row, fit to be shown."""
-    try:
-        raw = raw[:400].decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)[:400]
-    except RecursionError:
-        raw = kind(raw)
-    return visible(" ".join(raw.split()))[:80]
-
-
-def kind(value: Any) -> str:
-    """What JSON calls a value of this type."""
-    return {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number",
-            float: "a number", type(None): "null"}.get(type(value), type(value).__name__)
+LONGEST_TEXT = 1_000_000        # characters of one message: some 250,000 tokens, far beyond any context
+LONGEST_LINE = 1 << 26          # bytes of one line of a file, 64 MiB
+DEEPEST = 200                   # messages from the first to the last of a conversation tree
+MOST_SIBLINGS = 32              # ranked replies to one message that are compared, each with each
 
 
 def want(row: Any, *keys: str) -> list:
@@ -559,14 +719,6 @@ def want(row: Any, *keys: str) -> list:
     return [row[key] for key in keys]
 
 
-def as_text(value: Any, key: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow("wrong type", f"{key} is {kind(value)}, wanted a string")
-    if len(value) > LONGEST_TEXT:
-        raise Drop(f"a message over {LONGEST_TEXT:,} characters")
-    return clean(value)
-
-
 def as_messages(value: Any, key: str) -> Conversation:
     """A list of {"role", "content"}, checked; empty messages are left in."""
     if not isinstance(value, list) or not value:
@@ -578,6 +730,14 @@ def as_messages(value: Any, key: str) -> Conversation:
             raise BadRow("unknown role", f"{key} has the role {excerpt(role)!r}, wanted one of {', '.join(ROLES)}")
         messages.append({"role": role, "content": as_text(content, "content")})
     return messages
+
+
+def as_text(value: Any, key: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow("wrong type", f"{key} is {kind(value)}, wanted a string")
+    if len(value) > LONGEST_TEXT:
+        raise Drop(f"a message over {LONGEST_TEXT:,} characters")
+    return clean(value)
 
 
 def until_last_reply(messages: Conversation) -> Conversation:
@@ -609,7 +769,22 @@ def comparison(prompt: Conversation, chosen: str, rejected: str, key: tuple[str,
     return Preference(prompt, chosen, rejected, key)
 
 
-# ---- the readers ---------------------------------------------------------------------------------
+def kind(value: Any) -> str:
+    """What JSON calls a value of this type."""
+    return {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number",
+            float: "a number", type(None): "null"}.get(type(value), type(value).__name__)
+
+
+def excerpt(raw: Any) -> str:
+    """The first 80 characters of a row, fit to be shown."""
+    try:
+        raw = raw[:400].decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)[:400]
+    except RecursionError:
+        raw = kind(raw)
+    return visible(" ".join(raw.split()))[:80]
+
+
+# ---- JSONL, SmolTalk, HH-RLHF, UltraFeedback -----------------------------------------------------
 
 
 @row_by_row
@@ -685,6 +860,9 @@ def read_ultrafeedback(row: dict) -> Preference:
     return comparison([{"role": "user", "content": as_text(instruction, "instruction")}], best[1], worst[1])
 
 
+# ---- OASST ---------------------------------------------------------------------------------------
+
+
 @dataclass(slots=True)
 class Message:
     """A message of an OASST tree. `defect` says why it is not used, if it is not."""
@@ -698,6 +876,97 @@ class Message:
 
     def as_dict(self) -> dict:
         return {"role": self.role, "content": self.text}
+
+
+def read_oasst(rows: Iterable[FileRow], count: Count, language: str) -> Iterator[Thread]:
+    """OASST conversations. A path that ends in something dropped is cut at its last good assistant message.
+
+    Whole paths come first, and longer cut ones before shorter: where every reply of a cut path is part of a path
+    before it, `build_row` finds nothing left to learn and drops it, for the reason of the cut.
+    """
+    roots, replies = oasst_forest(rows, count, language)
+    for root in roots:
+        ends = []       # (path, why it is cut, if it is)
+        for path, defect in oasst_walk(root, replies):
+            if defect or not replies.get(path[-1].id):
+                unanswered = len(path) % 2      # for the two take turns
+                ends.append((path[:len(path) - unanswered], defect or ("no reply" if unanswered else None)))
+        whole = [end for end in ends if end[1] is None]
+        shortened = sorted((end for end in ends if end[1] is not None), key=lambda end: -len(end[0]))
+        for path, cut in whole + shortened:
+            if path:
+                yield Thread([m.as_dict() for m in path], [m.id for m in path], cut)
+            else:
+                count.drop(cut)
+
+
+def read_oasst_pairs(rows: Iterable[FileRow], count: Count, language: str) -> Iterator[Preference]:
+    """OASST ranks: of two ranked siblings the one of lower rank is better; the conversation so far is the prompt.
+
+    A reply that failed its review may be the worse one, never the better.
+    """
+    roots, replies = oasst_forest(rows, count, language)
+    for path, defect in chain.from_iterable(oasst_walk(root, replies) for root in roots):
+        count.drop(defect, defect is not None)
+        if defect or path[-1].role == "assistant":
+            continue
+        siblings = [m for m in replies.get(path[-1].id, ()) if m.role == "assistant"
+                    and m.defect in (None, "failed review")]    # people ranked those too: last, and rightly
+        ranked = [m for m in siblings if m.rank is not None]
+        count.drop("no rank", len(siblings) - len(ranked))
+        count.drop("nothing to compare with", len(ranked) == 1)
+        count.drop(f"beyond the best {MOST_SIBLINGS} siblings", max(0, len(ranked) - MOST_SIBLINGS))
+        for better, worse in combinations(ranked[:MOST_SIBLINGS], 2):
+            try:
+                if better.rank == worse.rank:
+                    raise Drop("tied ranks")
+                if better.defect:
+                    raise Drop(better.defect)
+                yield comparison([m.as_dict() for m in path], better.text, worse.text, (better.id, worse.id))
+            except Drop as drop:
+                count.drop(drop.args[0])
+
+
+def oasst_walk(root: Message, replies: dict[str, list[Message]]) -> Iterator[tuple[tuple[Message, ...], str | None]]:
+    """Down a tree, best replies first: (path to a good message, None), or (path before a bad one, what it suffers)."""
+    todo = [(root, ())]
+    while todo:
+        message, path = todo.pop()
+        speaker = path[-1].role if path else "assistant"
+        defect = message.defect or ("out of turn" if message.role == speaker else None)
+        if len(path) == DEEPEST:
+            defect = f"deeper than {DEEPEST} messages"
+        if not defect:
+            path = (*path, message)
+            todo += [(reply, path) for reply in reversed(replies.get(message.id, ()))]
+        yield path, defect
+
+
+def oasst_forest(rows: Iterable[FileRow], count: Count,
+                 language: str) -> tuple[list[Message], dict[str, list[Message]]]:
+    """(first messages by id, {message id: its replies by rank, unranked ones last, and id}), every message once."""
+    messages: dict[str, Message] = {}
+    for message in chain.from_iterable(rows_read(rows, lambda row: oasst_messages(row, language), count)):
+        if messages.setdefault(message.id, message) is not message:
+            count.notes["messages that were there already"] += 1
+    count.notes["messages read"] += len(messages)
+    replies = defaultdict(list)
+    for message in sorted(messages.values(), key=lambda m: (m.rank is None, m.rank or 0, m.id)):
+        replies[message.parent].append(message)
+
+    def below(tops: list[Message]) -> int:
+        seen, todo = 0, list(tops)
+        while todo:
+            seen += 1
+            todo.extend(replies.get(todo.pop().id, ()))
+        return seen
+
+    roots = replies.pop(None, [])
+    orphans = below([m for m in messages.values() if m.parent is not None and m.parent not in messages])
+    cycles = len(messages) - orphans - below(roots)
+    count.drop("orphan", orphans)
+    count.drop("cycle", cycles)
+    return sorted(roots, key=lambda m: m.id), replies
 
 
 def oasst_messages(row: dict, language: str) -> list[Message]:
@@ -747,96 +1016,7 @@ def spam(labels: Any) -> float:
     return max((share for share in shares if isinstance(share, int | float)), default=0.0)
 
 
-def oasst_forest(rows: Iterable[FileRow], count: Count,
-                 language: str) -> tuple[list[Message], dict[str, list[Message]]]:
-    """(first messages by id, {message id: its replies by rank, unranked ones last, and id}), every message once."""
-    messages: dict[str, Message] = {}
-    for message in chain.from_iterable(count.each(rows, lambda row: oasst_messages(row, language))):
-        if messages.setdefault(message.id, message) is not message:
-            count.notes["messages that were there already"] += 1
-    count.notes["messages read"] += len(messages)
-    replies = defaultdict(list)
-    for message in sorted(messages.values(), key=lambda m: (m.rank is None, m.rank or 0, m.id)):
-        replies[message.parent].append(message)
-
-    def below(tops: list[Message]) -> int:
-        seen, todo = 0, list(tops)
-        while todo:
-            seen += 1
-            todo.extend(replies.get(todo.pop().id, ()))
-        return seen
-
-    roots = replies.pop(None, [])
-    orphans = below([m for m in messages.values() if m.parent is not None and m.parent not in messages])
-    cycles = len(messages) - orphans - below(roots)
-    count.drop("orphan", orphans)
-    count.drop("cycle", cycles)
-    return sorted(roots, key=lambda m: m.id), replies
-
-
-def oasst_walk(root: Message, replies: dict[str, list[Message]]) -> Iterator[tuple[tuple[Message, ...], str | None]]:
-    """Down a tree, best replies first: (path to a good message, None), or (path before a bad one, what it suffers)."""
-    todo = [(root, ())]
-    while todo:
-        message, path = todo.pop()
-        speaker = path[-1].role if path else "assistant"
-        defect = message.defect or ("out of turn" if message.role == speaker else None)
-        if len(path) == DEEPEST:
-            defect = f"deeper than {DEEPEST} messages"
-        if not defect:
-            path = (*path, message)
-            todo += [(reply, path) for reply in reversed(replies.get(message.id, ()))]
-        yield path, defect
-
-
-def read_oasst(rows: Iterable[FileRow], count: Count, language: str) -> Iterator[Thread]:
-    """OASST conversations. A path that ends in something dropped is cut at its last good assistant message.
-
-    Whole paths come first and longer ones before shorter ones, so that a cut path whose every reply is part of
-    another one has nothing left to teach and is dropped, for the reason of the cut, when the rows are built.
-    """
-    roots, replies = oasst_forest(rows, count, language)
-    for root in roots:
-        ends = []
-        for path, defect in oasst_walk(root, replies):
-            if defect or not replies.get(path[-1].id):
-                unanswered = len(path) % 2      # for the two take turns
-                ends.append((path[:len(path) - unanswered], defect or ("no reply" if unanswered else None)))
-        for path, cut in sorted(ends, key=lambda end: (end[1] is not None, -len(end[0]) if end[1] else 0)):
-            if path:
-                yield Thread([m.as_dict() for m in path], [m.id for m in path], cut)
-            else:
-                count.drop(cut)
-
-
-def read_oasst_pairs(rows: Iterable[FileRow], count: Count, language: str) -> Iterator[Preference]:
-    """OASST ranks: of two ranked siblings the one of lower rank is better; the conversation so far is the prompt.
-
-    A reply that failed its review may be the worse one, never the better.
-    """
-    roots, replies = oasst_forest(rows, count, language)
-    for path, defect in chain.from_iterable(oasst_walk(root, replies) for root in roots):
-        count.drop(defect, defect is not None)
-        if defect or path[-1].role == "assistant":
-            continue
-        siblings = [m for m in replies.get(path[-1].id, ()) if m.role == "assistant"
-                    and m.defect in (None, "failed review")]    # people ranked those too: last, and rightly
-        ranked = [m for m in siblings if m.rank is not None]
-        count.drop("no rank", len(siblings) - len(ranked))
-        count.drop("nothing to compare with", len(ranked) == 1)
-        count.drop(f"beyond the best {MOST_SIBLINGS} siblings", max(0, len(ranked) - MOST_SIBLINGS))
-        for better, worse in combinations(ranked[:MOST_SIBLINGS], 2):
-            try:
-                if better.rank == worse.rank:
-                    raise Drop("tied ranks")
-                if better.defect:
-                    raise Drop(better.defect)
-                yield comparison([m.as_dict() for m in path], better.text, worse.text, (better.id, worse.id))
-            except Drop as drop:
-                count.drop(drop.args[0])
-
-
-# ---- files, folders and the Hub ------------------------------------------------------------------
+# ---- data sets and where they are ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -899,11 +1079,6 @@ def open_spec(name: str, path: Path | None) -> Iterator[FileRow]:
     raise FileNotFoundError(f"{name}: there is no file or folder {shown!r} (in {Path.cwd()}){makes}")
 
 
-def is_gzip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
-
-
 def file_rows(path: Path) -> Iterator[FileRow]:
     """The rows of a .jsonl, .jsonl.gz or .json file, each line by itself, whatever it holds."""
     shown, zipped = visible(str(path))[:200], is_gzip(path)
@@ -944,6 +1119,11 @@ def parse_json(line: bytes) -> Any:
         return BadRow("nested too deeply", "lists and objects are nested too deeply")
     except ValueError as error:
         return BadRow("not JSON", f"not JSON: {str(error)[:100]}")
+
+
+def is_gzip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
 
 
 def folder_rows(path: Path, data_set: DataSet) -> Iterator[FileRow]:
@@ -1003,168 +1183,31 @@ def dataset_rows(splits: dict, source: str, data_set: DataSet) -> Iterator[FileR
         yield from ((f"{source} {split} row {number}", row, row) for number, row in enumerate(rows, 1))
 
 
-# ---- from SPECs to rows --------------------------------------------------------------------------
+# ---- the tokenizer for other tools ---------------------------------------------------------------
+
+# The template of `render` for transformers. There, text and control tokens go through one string, so content that
+# spells the control token is spelt otherwise first; here, `render` inserts the id and encodes content as mere text.
+# `generation` marks what transformers' return_assistant_tokens_mask gives: the mask of `render`.
+CHAT_TEMPLATE = (
+    "<|endoftext|>{% for message in messages %}{{ message['role'] }}\n"
+    "{% set content = message['content'] | trim | replace('<|endoftext|>', '<|end of text|>') %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ content }}<|endoftext|>{% endgeneration %}"
+    "{% else %}{{ content }}<|endoftext|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
+)
 
 
-@dataclass
-class Data:
-    """What training needs of its data. Rows of one conversation tree are all in train or all in val."""
+def save_tokenizer(folder: str | Path, positions: int = 1024) -> None:
+    """Write the tokenizer and its chat template into `folder`, as transformers (and what reads its files) wants them.
 
-    train: list[Row] | list[Pair]
-    val: list[Row] | list[Pair]
-    counts: list[Count] # what became of the rows, by SPEC
-    fingerprint: str    # sha256 over all ids and masks in order: a resumed run must see the same data
-
-    @property
-    def report(self) -> Count:
-        """What became of the rows of all SPECs."""
-        return Count("all", kept=sum(count.kept for count in self.counts),
-                     dropped=sum((count.dropped for count in self.counts), Counter()),
-                     notes=sum((count.notes for count in self.counts), Counter()))
-
-    def report_json(self) -> dict:
-        """The counts, and what the rows are like: lengths in tokens (of a pair, both replies and the prompt once)."""
-        rows = [*self.train, *self.val]
-        lengths = [len(row) for row in rows]
-        learnt = sum(len(row) - len(row.prompt) if isinstance(row, Pair) else int(row.mask.sum()) for row in rows)
-        return self.report.as_json() | {
-            "train": len(self.train), "val": len(self.val), "tokens": sum(lengths), "supervised_tokens": learnt,
-            "supervised_share": round(learnt / sum(lengths), 4),
-            "length": {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 25, 50, 75, 95)} | {"max": max(lengths)},
-            "specs": [count.as_json() for count in self.counts], "fingerprint": self.fingerprint}
-
-
-def load_rows(specs: Sequence[str], *, context: int = 1024, val_fraction: float = 0.05, seed: int = 0,
-              bad_rows: Literal["error", "skip"] = "error", language: str = "en") -> Data:
-    """The conversations of all SPECs as rows."""
-    seen: set[str] = set()
-    return _load(specs, "conversations", lambda *thread: build_row(*thread, context, seen), val_fraction, seed,
-                 bad_rows, language)
-
-
-def load_pairs(specs: Sequence[str], *, context: int = 1024, val_fraction: float = 0.05, seed: int = 0,
-               bad_rows: Literal["error", "skip"] = "error", language: str = "en") -> Data:
-    """The preferences of all SPECs as pairs."""
-    seen: set[tuple[str, str]] = set()
-    return _load(specs, "preferences", lambda *pair: build_pair(*pair, context, seen), val_fraction, seed, bad_rows,
-                 language)
-
-
-def reading(cfg) -> dict:
-    """What `load_rows` and `load_pairs` can be told, from a Config that has a setting for each."""
-    return {name: getattr(cfg, name) for name in ("context", "val_fraction", "seed", "bad_rows", "language")}
-
-
-def build_row(thread: Thread, encoded: dict, count: Count, context: int, seen: set[str]) -> Row:
-    """Too long a thread loses its oldest exchanges before it loses the end of its last reply, and with that the EOT.
-
-    `seen` holds the messages that are learnt in rows before this one: a turn that threads share is learnt once.
+    positions: of the model that it belongs to.
     """
-    messages = without_oldest(thread.messages, context, encoded=encoded)
-    keys = thread.keys and thread.keys[len(thread.keys) - len(messages):]   # OASST has no system messages
-    learn = [m["role"] == "assistant" and not (keys and keys[i] in seen) for i, m in enumerate(messages)]
-    if not any(learn):
-        raise Drop(thread.cut or "every reply is learnt in another row")
-    ids, mask = render(messages, learn, encoded=encoded)
-    row = Row(ids[:context], mask[:context], keys[0] if keys else None)
-    if not row.mask.any():
-        raise Drop("no reply within the context")
-    seen.update(key for key, used in zip(keys or (), learn, strict=False) if used)
-    count.notes["lost its oldest exchanges"] += len(messages) < len(thread.messages)
-    count.notes["lost the end of its last reply"] += len(ids) > context
-    count.notes["cut at the last good reply"] += thread.cut is not None
-    return row
-
-
-def build_pair(pair: Preference, encoded: dict, count: Count, context: int, seen: set[tuple[str, str]]) -> Pair:
-    """Too long a prompt loses its oldest exchanges, then the start of its last message. Both replies stay whole."""
-    if pair.key in seen:
-        raise Drop("the same pair was read before")
-    chosen, rejected = (np.array([*encoded[reply], EOT], np.int32) for reply in (pair.chosen, pair.rejected))
-    room = context - max(len(chosen), len(rejected))
-    messages = without_oldest(pair.prompt, room, reply=True, encoded=encoded)
-    prompt, _ = render(messages, reply=True, encoded=encoded)
-    if len(prompt) > room:
-        last = len(encoded[messages[-1]["content"]])
-        if len(prompt) - room >= last:
-            raise Drop("replies too long for the context")
-        start = len(prompt) - len(_header("assistant")) - last
-        prompt = np.delete(prompt, slice(start, start + len(prompt) - room))
-        count.notes["lost the start of its prompt's last message"] += 1
-    count.notes["lost its oldest exchanges"] += len(messages) < len(pair.prompt)
-    if pair.key:
-        seen.add(pair.key)
-    return Pair(prompt, chosen, rejected)
-
-
-def tree_hash(seed: int, messages: Conversation) -> tuple[float, float]:
-    """Two numbers in [0, 1) for the tree of a conversation: one decides its side, the other whether a weight takes it.
-
-    A tree is known by what its user says first, and so are two trees, in whatever data sets, that ask the same.
-    """
-    opening = next((m["content"] for m in messages if m["role"] == "user"), messages[0]["content"])
-    opening = " ".join(opening.casefold().split())
-    digest = hashlib.blake2b(f"{seed}\0{opening}".encode(), digest_size=16).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53, (int.from_bytes(digest[8:], "big") >> 11) / 2**53
-
-
-def _load(specs, what, build, val_fraction, seed, bad_rows, language) -> Data:
-    """Read, encode in bulk, build, split, weigh."""
-    specs = [specs] if isinstance(specs, str) else list(specs)
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}, wanted at least 0 and less than 1")
-    counts, built = [], []      # built: (side, row, its copies if it is trained on)
-    for spec in specs:
-        name, path, weight = parse_spec(spec)
-        reader = getattr(DATA_SETS[name], what)
-        if reader is None:
-            able = ", ".join(n for n, data_set in DATA_SETS.items() if getattr(data_set, what) and n != "jsonl")
-            raise ValueError(f"{name} holds no {what}\nThese do: {able}, or your own PATH.jsonl")
-        counts.append(count := Count(visible(spec), bad_rows))
-        candidates = iter(reader(open_spec(name, path), count, language))
-        while chunk := list(islice(candidates, 4096)):      # bounded, for a data set may have a million
-            hashes = [tree_hash(seed, c.messages if isinstance(c, Thread) else c.prompt) for c in chunk]
-            copies = [int(weight) + (luck < weight % 1) for _, luck in hashes]
-            wanted = [(c, side, n) for c, (side, _), n in zip(chunk, hashes, copies, strict=True) if n]
-            if len(wanted) < len(chunk):
-                count.drop("left out by its weight", len(chunk) - len(wanted))
-            encoded = encode_all(text for candidate, _, _ in wanted for text in texts_of(candidate))
-            for candidate, side, n in wanted:
-                try:
-                    built.append((side, build(candidate, encoded, count), n))
-                    count.kept += 1
-                except Drop as drop:
-                    count.drop(drop.args[0])
-        count.notes = +count.notes      # less those that are zero
-    if not built:
-        reasons = sum((count.dropped for count in counts), Counter()).most_common(5)
-        reasons = ", ".join(f"{reason} {n:,}" for reason, n in reasons) or "it has none"
-        first = next((f"\nfor example  {c.first_bad}" for c in counts if c.first_bad), "")
-        raise ValueError(f"no {what} are left of {excerpt(' '.join(specs))}: {reasons}{first}")
-    threshold, sides = val_fraction, sorted({side for side, _, _ in built})
-    if val_fraction and len(sides) > 1:     # be the data set ever so small, there is a tree to validate on
-        threshold = max(threshold, sides[0] + 2**-53)
-    threshold = min(threshold, sides[-1])   # and one to train on
-    train = [row for side, row, n in built if side >= threshold for _ in range(n)]
-    val = [row for side, row, _ in built if side < threshold]
-    return Data(train, val, counts, fingerprint(train, val))
-
-
-def texts_of(candidate: Thread | Preference) -> list[str]:
-    if isinstance(candidate, Thread):
-        return [message["content"] for message in candidate.messages]
-    return [message["content"] for message in candidate.prompt] + [candidate.chosen, candidate.rejected]
-
-
-def fingerprint(*sides: Sequence[Row | Pair]) -> str:
-    digest = hashlib.sha256()
-    for rows in sides:
-        digest.update(len(rows).to_bytes(8, "big"))
-        for row in rows:
-            for array in (row.prompt, row.chosen, row.rejected) if isinstance(row, Pair) else (row.ids, row.mask):
-                digest.update(len(array).to_bytes(8, "big"))
-                digest.update(array.tobytes())
-    return digest.hexdigest()
+    shutil.copytree(TOKENIZER, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": positions, "add_prefix_space": False,
+                "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
+                "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT, "pad_token": EOT_TEXT}
+    Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    Path(folder, "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
 # ---- checks: questions with the facts of a good answer -------------------------------------------
@@ -1180,7 +1223,6 @@ class Check:
     subject: str | None
     group: str
     stated: dict[str, dict[tuple[str, ...], set[str]]] = field(repr=False)  # first word -> statement -> its subjects,
-                                            # of the whole file, so that a reply is searched for all in one pass
 
 
 @dataclass
@@ -1194,26 +1236,6 @@ class Verdict:
     group: str
 
 
-def words(text: str) -> list[str]:
-    """Case and white space folded; punctuation marks count as words, so that C and C++ differ."""
-    text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
-    return re.findall(r"\w+|[^\w\s]", text)
-
-
-def occurs(phrase: list[str], text: list[str]) -> bool:
-    return any(word == phrase[0] and text[i:i + len(phrase)] == phrase for i, word in enumerate(text))
-
-
-def plurals(subject: str) -> list[list[str]]:
-    """A subject and its plurals as lists of words: baker, bakers; secretary, secretaries; fireman, firemen."""
-    *first, last = words(subject) or [""]
-    forms = [last, last + "s", last + "es"]
-    for ending, plural in (("y", "ies"), ("man", "men"), ("woman", "women"), ("person", "people"), ("fe", "ves")):
-        if last.endswith(ending):
-            forms.append(last.removesuffix(ending) + plural)
-    return [[*first, form] for form in forms]
-
-
 def read_checks(path: str | Path) -> list[Check]:
     """The checks of a JSONL file; its lines without `messages` only state what is true of a subject.
 
@@ -1223,7 +1245,7 @@ def read_checks(path: str | Path) -> list[Check]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checks file {visible(str(path))[:200]!r} (in {Path.cwd()})")
     checks, stated = [], defaultdict(lambda: defaultdict(set))
-    for row in Count(str(path), bad_rows="").each(file_rows(path), read_check):
+    for row in rows_read(file_rows(path), read_check, Count(str(path), bad_rows="")):
         messages, facts, forbidden, subject, group = row
         if subject:
             for statement in (tuple(words(wording)) for fact in facts for wording in fact):
@@ -1283,6 +1305,26 @@ def tally(verdicts: Iterable[Verdict]) -> dict[str, dict[str, float]]:
             for group, members in groups.items()}
 
 
+def words(text: str) -> list[str]:
+    """Case and white space folded; punctuation marks count as words, so that C and C++ differ."""
+    text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
+def occurs(phrase: list[str], text: list[str]) -> bool:
+    return any(word == phrase[0] and text[i:i + len(phrase)] == phrase for i, word in enumerate(text))
+
+
+def plurals(subject: str) -> list[list[str]]:
+    """A subject and its plurals as lists of words: baker, bakers; secretary, secretaries; fireman, firemen."""
+    *first, last = words(subject) or [""]
+    forms = [last, last + "s", last + "es"]
+    for ending, plural in (("y", "ies"), ("man", "men"), ("woman", "women"), ("person", "people"), ("fe", "ves")):
+        if last.endswith(ending):
+            forms.append(last.removesuffix(ending) + plural)
+    return [[*first, form] for form in forms]
+
+
 # ---- on the screen -------------------------------------------------------------------------------
 
 # Control characters have pictures; what else steers a terminal or reorders a line is spelt out by its number.
@@ -1340,22 +1382,133 @@ def print_example(row: Row | Pair) -> None:
         print("".join(marks.format(text) for text, _, marks in pieces))
 
 
-# ---- the command line ----------------------------------------------------------------------------
+# ---- files written whole -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def written_whole(path: Path):
+    """All of a file or folder or nothing: gives a temporary name to write to, which goes to the disk and is renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    remove(temporary)
+    try:
+        yield temporary
+        for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+            sync(file)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        remove(temporary)
+
+
+def write_file(path: Path, text: str) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Have the disk take what was written: of a file its content, of a folder the names in it."""
+    if path.is_file() or os.name == "posix":  # Windows syncs no folders
+        handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ---- scripts -------------------------------------------------------------------------------------
+
+
+def option(setting: str) -> str:
+    """The flag of a setting, as one types it."""
+    return "--" + setting.replace("_", "-")
 
 
 @dataclass
-class Config:
+class Defaults:
+    """What decides the defaults of the other flags, and so is read before them."""
+
+    preset: str = ""
+    config: str = ""
+
+
+def command_line(config: type, presets: dict[str, dict] | None = None, args: list[str] | None = None):
+    """The script's Config from its flags: --preset and --config change the defaults, every other flag one value."""
+    args = sys.argv[1:] if args is None else args
+    given = {arg.partition("=")[0] for arg in args}
+    if presets and not {"--data", "--preset", "--config"} & given:
+        args = ["--preset", "sample", *args]
+    values = {}
+    if hasattr(config, "config"):
+        first, _ = tyro.cli(Defaults, args=args, return_unknown_args=True, add_help=False)
+        if first.preset and first.config:
+            raise ValueError("--preset and --config both say what the defaults are: give one of them")
+        if first.preset in (presets or {}):  # tyro refuses others
+            values = presets[first.preset] | {"preset": first.preset}
+        elif first.config:
+            values = _saved_config(first.config, config)
+    return tyro.cli(config, default=config(**values), args=args, description=sys.modules[config.__module__].__doc__)
+
+
+def _saved_config(path: str, config: type) -> dict:
+    try:
+        saved = dict(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--config {path} is not the run.json of a run ({type(error).__name__}: {error})") from None
+    if strangers := sorted(set(saved) - {f.name for f in dataclasses.fields(config)}):
+        raise ValueError(f"--config {path} has a setting that this script does not know: {strangers[0]}")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k not in ("overwrite", "config")}
+
+
+def run_script(main, config: type, presets: dict[str, dict] | None = None) -> None:
+    """Run main(config from the command line); trouble becomes a few clear lines and exit code 2 (input) or 1 (run)."""
+    debug = "--debug" in sys.argv
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a locale that lacks a character must not end a run
+    try:
+        main(command_line(config, presets))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe has gone: nothing left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        refused = isinstance(error, ValueError | FileNotFoundError | FileExistsError | NotADirectoryError
+                             | IsADirectoryError | PermissionError | BlockingIOError)
+        memory = is_out_of_memory(error)
+        if debug or not (refused or memory or isinstance(error, OSError | ArithmeticError | ImportError)):
+            raise
+        lines = "\n".join(str(error).splitlines()[:5]) or type(error).__name__
+        if memory and not isinstance(error, MemoryError):  # torch's own words, from outside a training step
+            lines = (f"out of memory ({lines.splitlines()[0][:200]}).\n"
+                     "Close other programs, or take a smaller --model; in training, a smaller --micro-batch-tokens")
+        print(f"error: {visible(lines)}", file=sys.stderr)
+        sys.exit(2 if refused else 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of CUDA and MPS, of the CPU, of cuBLAS
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+
+
+# ---- uv run data.py ------------------------------------------------------------------------------
+
+
+@dataclass
+class Config(Reading):
     """Show what data sets become: counts, drops by reason, lengths, and one example with its supervised tokens."""
 
     # NAME, NAME:PATH or PATH, each with an optional @WEIGHT
     specs: tyro.conf.Positional[tuple[str, ...]] = ("sample",)
     pairs: bool = False  # read preferences, as dpo.py does, where there are conversations too
     json: bool = False  # print the counts as one JSON object and nothing else
-    bad_rows: Literal["error", "skip"] = "error"  # what to do about rows that cannot be read
-    context: int = 1024  # tokens of the longest row
-    val_fraction: float = 0.05  # share of the conversation trees that is kept for validation
-    seed: int = 0  # decides which trees these are
-    language: str = "en"  # which language of OASST
     row: int | None = None  # show this training row, counted from 0, instead of one of median length
     debug: bool = False  # show the traceback of an error
 
@@ -1371,7 +1524,7 @@ def only_preferences(spec: str) -> bool:
 
 def main(cfg: Config) -> Data:
     pairs = cfg.pairs or all(map(only_preferences, cfg.specs))
-    data = (load_pairs if pairs else load_rows)(cfg.specs, **reading(cfg))
+    data = (load_pairs if pairs else load_rows)(cfg.specs, cfg)
     if cfg.json:
         print(json.dumps(data.report_json()))
         return data
@@ -1387,6 +1540,4 @@ def main(cfg: Config) -> Data:
 
 
 if __name__ == "__main__":
-    from train import run_script
-
     run_script(main, Config)

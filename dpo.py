@@ -17,19 +17,17 @@ from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import data
+from data import lazy, run_script, written_whole
 from train import (
     Run,
     Settings,
     begin,
-    fingerprint,
     finish,
-    lazy,
-    run_script,
     step_batches,
     to_device,
     train,
     validation_batches,
-    whole_file,
+    weights_sha256,
     writing,
 )
 
@@ -39,7 +37,7 @@ lora = lazy("lora")
 
 @dataclass(kw_only=True)
 class Config(Settings):
-    # defaults for a model's size; without one: the sample's where no --data is given, else those below
+    # settings for a model's size; with neither --preset nor --data: sample
     preset: Literal["none", "sample", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "none"
     model: str = "runs/sft"  # the model to start from, which is also the reference: a folder, as sft.py leaves it
     data: tuple[str, ...] = ("sample",)  # preferences: NAME, NAME:PATH or PATH, each with an optional @WEIGHT
@@ -87,26 +85,23 @@ PRESETS = {
 # ---- the losses ----------------------------------------------------------------------------------
 
 
-Pair = tuple["torch.Tensor", "torch.Tensor"]  # log-probabilities of the tokens of the chosen and the rejected reply
-
-
 class Replies(NamedTuple):
     """One side of the pairs; each (pairs,)."""
 
-    policy: torch.Tensor     # log pi(y|x): summed over the reply's tokens
-    reference: torch.Tensor  # log pi_ref(y|x)
-    length: torch.Tensor     # tokens of the reply
+    logp: torch.Tensor      # log pi(y|x): summed over the reply's tokens
+    ref_logp: torch.Tensor  # log pi_ref(y|x)
+    length: torch.Tensor    # tokens of the reply
 
     @property
     def logratio(self) -> torch.Tensor:
-        return self.policy - self.reference
+        return self.logp - self.ref_logp
 
 
 def logsigmoid(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.logsigmoid(x)
 
 
-def sigmoid(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
+def dpo(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
     """- log sigmoid(beta (logratio_w - logratio_l)): DPO, equation 7."""
     return -logsigmoid(cfg.beta * (chosen.logratio - rejected.logratio))
 
@@ -117,7 +112,7 @@ def cdpo(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
     Mitchell 2023, https://ericmitchell.ai/cdpo.pdf, equation 3.
     """
     e = cfg.label_smoothing
-    return (1 - e) * sigmoid(chosen, rejected, cfg) + e * sigmoid(rejected, chosen, cfg)
+    return (1 - e) * dpo(chosen, rejected, cfg) + e * dpo(rejected, chosen, cfg)
 
 
 def robust(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
@@ -126,7 +121,7 @@ def robust(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
     Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409, equation 8.
     """
     e = cfg.label_smoothing
-    return ((1 - e) * sigmoid(chosen, rejected, cfg) - e * sigmoid(rejected, chosen, cfg)) / (1 - 2 * e)
+    return ((1 - e) * dpo(chosen, rejected, cfg) - e * dpo(rejected, chosen, cfg)) / (1 - 2 * e)
 
 
 def ipo(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
@@ -151,28 +146,34 @@ def simpo(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
 
     Meng et al. 2024, https://arxiv.org/abs/2405.14734, equation 6.
     """
-    margin = chosen.policy / chosen.length - rejected.policy / rejected.length
+    margin = chosen.logp / chosen.length - rejected.logp / rejected.length
     return -logsigmoid(cfg.beta * margin - cfg.simpo_margin)
 
 
-LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "cdpo": cdpo, "robust": robust, "length-normalised": length_normalised,
+LOSSES = {"sigmoid": dpo, "ipo": ipo, "cdpo": cdpo, "robust": robust, "length-normalised": length_normalised,
           "simpo": simpo}
 
 
-def dpo_loss(gpt, batch, reference: dict[int, Pair], cfg: Config) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """The chosen loss over a batch of pairs, and the implicit rewards; `reference[row]` is the pair's log pi_ref."""
+Logprobs = tuple["torch.Tensor", "torch.Tensor"]  # of the tokens of a pair's chosen and rejected reply
+
+
+def dpo_loss(gpt, batch, reference: dict[int, Logprobs], cfg: Config) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """The chosen loss over a batch of pairs, and the implicit rewards; `reference[row]` is the pair's log pi_ref.
+
+    Each reply's tokens are summed up, then each pair's two replies are looked up: one may be in several pairs.
+    """
     logprobs = gpt.target_logprobs(batch)                                      # (M,) over all tokens of all replies
-    frozen = torch.cat([torch.empty(0), *by_span(reference, batch)]).to(logprobs)
-    sums = torch.zeros(3, len(batch.spans), device=logprobs.device)            # of each reply
-    sums = sums.index_add(1, batch.span, torch.stack([logprobs, frozen, torch.ones_like(frozen)]))
-    chosen, rejected = (Replies(*sums[:, side]) for side in batch.pairs.T)     # a reply may be in several pairs
+    ref_logprobs = torch.cat([torch.empty(0), *by_span(reference, batch)]).to(logprobs)               # (M,)
+    of_tokens = torch.stack([logprobs, ref_logprobs, torch.ones_like(logprobs)])                      # (3, M)
+    of_replies = of_tokens.new_zeros(3, len(batch.spans)).index_add(1, batch.target_span, of_tokens)  # (3, spans)
+    chosen, rejected = (Replies(*of_replies[:, side]) for side in batch.pairs.T)                      # each (pairs,)
     loss = LOSSES[cfg.loss](chosen, rejected, cfg)                             # (pairs,)
     if cfg.nll:  # Pang et al. 2024, https://arxiv.org/abs/2404.19733, equation 1
-        loss = loss - cfg.nll * chosen.policy / chosen.length
-    return loss.sum(), torch.tensor(len(loss)), metrics(logprobs.detach(), frozen, batch, chosen, rejected, cfg)
+        loss = loss - cfg.nll * chosen.logp / chosen.length
+    return loss.sum(), torch.tensor(len(loss)), metrics(logprobs.detach(), ref_logprobs, batch, chosen, rejected, cfg)
 
 
-def by_span(reference: dict[int, Pair], batch) -> list[torch.Tensor]:
+def by_span(reference: dict[int, Logprobs], batch) -> list[torch.Tensor]:
     """log pi_ref of the batch's replies as the batch has them: each once."""
     found = {}
     for row, spans in zip(batch.rows, batch.pairs.tolist(), strict=True):
@@ -180,13 +181,13 @@ def by_span(reference: dict[int, Pair], batch) -> list[torch.Tensor]:
     return [found[span] for span in sorted(found)]
 
 
-def by_pair(logprobs: torch.Tensor, batch) -> list[Pair]:
+def by_pair(logprobs: torch.Tensor, batch) -> list[Logprobs]:
     """The log-probabilities (M,) of a batch as its pairs have them: a reply for each pair that it is in."""
-    replies = logprobs.split(torch.bincount(batch.span, minlength=len(batch.spans)).tolist())
+    replies = logprobs.split(torch.bincount(batch.target_span, minlength=len(batch.spans)).tolist())
     return [(replies[chosen], replies[rejected]) for chosen, rejected in batch.pairs.tolist()]
 
 
-def metrics(logprobs, frozen, batch, chosen: Replies, rejected: Replies, cfg: Config) -> dict[str, torch.Tensor]:
+def metrics(logprobs, ref_logprobs, batch, chosen: Replies, rejected: Replies, cfg: Config) -> dict[str, torch.Tensor]:
     """Sums over the pairs: rewards beta (log pi - log pi_ref), and how far the policy has moved, in nats per token.
 
     kl is Schulman's k2 estimator (http://joschu.net/blog/kl-approx.html), (log pi - log pi_ref)^2 / 2, taken on the
@@ -194,7 +195,8 @@ def metrics(logprobs, frozen, batch, chosen: Replies, rejected: Replies, cfg: Co
     takes the exponential of a log-ratio, and explodes on rejected replies, which the policy would not write.)
     """
     up, down = cfg.beta * chosen.logratio.detach(), cfg.beta * rejected.logratio.detach()
-    k2 = torch.zeros(len(batch.spans), device=frozen.device).index_add(0, batch.span, (logprobs - frozen) ** 2 / 2)
+    k2 = (logprobs - ref_logprobs) ** 2 / 2                                    # (M,)
+    k2 = k2.new_zeros(len(batch.spans)).index_add(0, batch.target_span, k2)    # (spans,)
     kl = k2[batch.pairs].sum(1) / (chosen.length + rejected.length)
     return {"reward_accuracy": (up > down).sum(), "reward_margin": (up - down).sum(), "chosen_reward": up.sum(),
             "rejected_reward": down.sum(), "kl": kl.sum()}
@@ -203,7 +205,7 @@ def metrics(logprobs, frozen, batch, chosen: Replies, rejected: Replies, cfg: Co
 # ---- the reference -------------------------------------------------------------------------------
 
 
-def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config, run: Run) -> dict[int, Pair]:
+def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config, run: Run) -> dict[int, Logprobs]:
     """log pi_ref of every target of the pairs this process will see, computed once and before the loop.
 
     The reference is the model before training: adapters off, dropout off, no second model in memory. A run that is
@@ -224,8 +226,8 @@ def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config,
                 batch = to_device(batch, run.device)
                 replies = by_pair(gpt.target_logprobs(batch).float(), batch)
                 table |= {str(row): torch.cat(pair).cpu() for row, pair in zip(batch.rows, replies, strict=True)}
-        with writing(path, sum(4 * len(logprobs) for logprobs in table.values())), whole_file(path) as temporary:
-            save_file(table, temporary, metadata={"sha256": fingerprint(table)})
+        with writing(path, sum(4 * len(logprobs) for logprobs in table.values())), written_whole(path) as temporary:
+            save_file(table, temporary, metadata={"sha256": weights_sha256(table)})
     return {int(row): both.split([len(rows[int(row)].chosen), len(rows[int(row)].rejected)])
             for row, both in table.items()}
 
@@ -237,7 +239,7 @@ def read_table(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, "pt") as file:
             table = {row: file.get_tensor(row) for row in file.keys()}  # noqa: SIM118 - it is no dict
-            return table if file.metadata() == {"sha256": fingerprint(table)} else {}
+            return table if file.metadata() == {"sha256": weights_sha256(table)} else {}
     except (FileNotFoundError, SafetensorError):
         return {}
 
@@ -245,7 +247,7 @@ def read_table(path: Path) -> dict[str, torch.Tensor]:
 def main(cfg: Config) -> dict:
     with Run("dpo", cfg) as run:
         gpt = run.load(cfg.model)
-        pairs = data.load_pairs(cfg.data, **data.reading(cfg))
+        pairs = data.load_pairs(cfg.data, cfg)
         if not begin(gpt, pairs, cfg, run):
             return run.about["metrics"]
         run.say("The chosen reward may fall below zero: DPO only asks that the rejected one falls further.\n"

@@ -1,4 +1,4 @@
-"""GPT-2: the four sizes, the network, its weights in Hugging Face's layout, and sampling from it.
+"""GPT-2: the four sizes, the network, how it is trained and how it writes; then the same numbers, faster.
 
 Dimension key
     B  rows in a batch            C  width of the model (n_embd)     V  vocabulary (50,257)
@@ -9,20 +9,30 @@ One network serves training, evaluation and chat. What differs between them is w
 an argument, `attend`: plain causal attention on a (B, T) batch, `Packed` on rows laid end to end without padding
 (training), and `KVCache` on the tokens seen so far (generation). Everything else in a transformer works on one
 position at a time and never learns which of the three it serves.
+
+A reader of the mathematics may stop at "The same numbers, faster": what follows changes nothing but the time it takes.
 """
 
+from __future__ import annotations
+
+import difflib
 import json
 import math
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+# ---- sizes ---------------------------------------------------------------------------------------
 
 END_OF_TEXT = 50256
 
@@ -48,30 +58,9 @@ SIZES = {
 # ---- the network ---------------------------------------------------------------------------------
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; of few rows, which is what generation has, as W x^T on all of a CPU's cores: (..., in) to (..., out).
-
-    For few columns MKL is faster at W x^T than at x W^T for few rows: of GPT-2's, 4 take a third of the time, 64 three
-    quarters. But it leaves a single column to one core, which cannot read W as fast as the memory gives it. As a batch
-    of smaller products, the rows of W dealt out to the cores, all of them read.
-    """
-    rows, parts = x.numel() // weight.shape[1], torch.get_num_threads()
-    few = 0 < rows <= weight.shape[1] // 6  # of more, y takes longer to turn around than the product gains
-    mkl = (x.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
-           and torch.backends.mkl.is_available())
-    if torch.is_grad_enabled() or not (few and mkl):
-        return F.linear(x, weight, bias)
-    share, columns = len(weight) // parts, x.reshape(rows, -1).t()                                  # (in, rows)
-    y = torch.bmm(weight[:share * parts].unflatten(0, (parts, share)), columns.expand(parts, -1, -1)).flatten(0, 1)
-    if len(y) < len(weight):
-        y = torch.cat([y, weight[share * parts:] @ columns])
-    y = y.t().contiguous().view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Each position sees itself and all before it. Rows padded on the right need no mask under this."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
 class Attention(nn.Module):
@@ -129,9 +118,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.lm_head = None  # but for a quantised copy of wte, see quantise()
-        for name in ("distinct", "place", "log_count"):  # wte without its repetitions, see share_equal_rows()
-            self.register_buffer(name, None, persistent=False)
+        self.lm_head = None  # wte itself, but for a copy that is faster: see quantise() and share_equal_rows()
         if not self.wte.weight.is_meta:
             self.apply(self._init_weights)
 
@@ -170,69 +157,237 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens))                               # (B, T, V)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head: (..., C) to (..., V)."""
-        if self.lm_head:
-            return self.lm_head(hidden)
-        if hidden.is_cuda and hidden.itemsize < 4:  # probabilities want more digits than bf16 has
-            logits = LogProbs.logits(hidden.reshape(-1, hidden.shape[-1]), self.wte.weight)   # (V, rows)
-            return logits.t().reshape(*hidden.shape[:-1], -1)
-        return linear(hidden, self.wte.weight)
+        """The head, hidden wte^T: (..., C) to (..., V)."""
+        return head(self, hidden)
 
-    def target_logprobs(self, batch, total: bool = False) -> Tensor:
-        """log p(target | all before it) for every target of a packed batch, without its (N, V) logits.
+    def target_logprobs(self, batch) -> Tensor:
+        """log p(target | all before it) for every target of a packed batch: (M,), in fp32.
 
-        `batch` has tokens (N,), positions (N,), spans, index (M,) and targets (M,): see `data.Batch`. Returns (M,) in
-        fp32, or with `total` their sum (). Only the M positions that predict something pass the head, a part at a time.
+        `batch` has tokens (N,), positions (N,), spans, index (M,) and targets (M,): see `data.Batch`. The numbers are
+        those of logprobs(self.logits(hidden), batch.targets), without its (M, V) logits.
         """
+        return head_logprobs(self, self.predicting(batch), batch.targets)
+
+    def total_logprob(self, batch) -> Tensor:
+        """The sum of `target_logprobs`: (), and sooner where all weights learn."""
+        return head_total_logprob(self, self.predicting(batch), batch.targets)
+
+    def predicting(self, batch) -> Tensor:
+        """The last layer's output where it predicts a target of the batch: (M, C)."""
         hidden = self.hidden(batch.tokens[None], batch.positions[None], Packed(batch.spans))[0]   # (N, C)
-        hidden, head, targets = hidden[batch.index], self.wte.weight, batch.targets               # (M, C)
-        if total and head.requires_grad and torch.is_grad_enabled():
-            return TotalLogProb.apply(hidden, head, targets)
-        if self.distinct is None or head.requires_grad:
-            logprobs = LogProbs.apply(hidden, head, targets)                                      # (M,)
-        else:
-            logprobs = LogProbs.apply(hidden, self.distinct, self.place[targets], self.log_count)
-        return logprobs.sum() if total else logprobs
-
-    def share_equal_rows(self) -> None:
-        """Let `target_logprobs` compute equal rows of a frozen head once: n equal logits weigh as one plus log n.
-
-        All the words that a small base model never met share one row, as its maker had no use for more (see
-        sample/make.py). OpenAI's rows are all different, and for those this does nothing.
-        """
-        weight = self.wte.weight.detach()
-        key = (weight * torch.linspace(1, 2, weight.shape[1], device=weight.device).sin()).sum(1, dtype=torch.double)
-        _, place, count = key.unique(return_inverse=True, return_counts=True)
-        if len(count) < len(weight) / 2:
-            first = torch.zeros_like(count).scatter_(0, place, torch.arange(len(weight), device=place.device))
-            self.distinct, self.place, self.log_count = weight[first], place, count.to(weight).log()
+        return hidden[batch.index]
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path) -> "GPT":
-        """The model of a transformers-format folder, or OpenAI's weights by name from the Hugging Face Hub, in fp32."""
-        if str(name_or_folder) in SIZES and not Path(name_or_folder).is_dir():
-            config, weights = _from_hub(str(name_or_folder))
-        else:
-            config, weights = _from_folder(Path(name_or_folder))
-        with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
-            gpt = cls(config)
-        gpt.load_state_dict(_from_transformers(weights, gpt, name_or_folder), assign=True)
-        return gpt.requires_grad_(True)
+    def from_pretrained(cls, name_or_folder: str | Path) -> GPT:
+        """The bundled `sample`, one of OpenAI's by name, or a folder in transformers' format; in fp32."""
+        return read_model(find_model(str(name_or_folder)))
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None,
                         dtype: torch.dtype = torch.float32) -> None:
         """Write a folder that transformers' AutoModelForCausalLM opens; `weights` stands in for this model's own."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {f"transformer.{name}": (w.t() if _is_conv1d(name) else w).to("cpu", dtype).contiguous()
-                   for name, w in (weights or self.state_dict()).items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        about = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
-                 **asdict(self.config), "n_ctx": self.config.n_positions, "n_inner": None, "tie_word_embeddings": True,
-                 "bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "dtype": str(dtype).removeprefix("torch.")}
-        generation = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT}
-        (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        write_model(self, Path(folder), weights or self.state_dict(), dtype)
+
+
+def logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log p(target): (..., V), (...) -> (...). Summed up and negated, this is a language model's whole loss."""
+    return logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+
+
+# ---- training: rows end to end -------------------------------------------------------------------
+
+
+class Packed:
+    """Causal attention inside each of the spans of tokens that lie end to end in one packed row of N.
+
+    A span also sees all of its prefix, the first tokens of spans before it (see `data.Span`): two replies to one prompt
+    are computed with the prompt only once, and each gives it its gradient.
+    """
+
+    def __init__(self, spans):
+        self.spans, self.masks = spans, {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        lengths = [span.tokens for span in self.spans]
+        # split, not slices: the gradient of N-wide slices would be as many N-wide tensors of zeros
+        q, k, v = (z.split(lengths, dim=2) for z in (q, k, v))                 # tuples of (1, H, T, D)
+        mixed = []
+        for i, span in enumerate(self.spans):
+            if not span.prefix:
+                mixed.append(causal_attention(layer, q[i], k[i], v[i], dropout))
+                continue
+            keys, values = (torch.cat([*(z[n][:, :, :tokens] for n, tokens in span.prefix), z[i]], dim=2)
+                            for z in (k, v))
+            if i not in self.masks:  # in the first layer, for all of them
+                self.masks[i] = sees_up_to_itself(span.tokens, keys.shape[2], keys.device)
+            mixed.append(F.scaled_dot_product_attention(q[i], keys, values, attn_mask=self.masks[i],
+                                                        dropout_p=dropout))
+        # joined as (1, N, H, D), which is how the next projection reads it: else all would be copied once more
+        return torch.cat([y.transpose(1, 2) for y in mixed], dim=1).transpose(1, 2)
+
+
+def sees_up_to_itself(queries: int, keys: int, device) -> Tensor:
+    """Causal mask (queries, keys) for the last `queries` of `keys` positions."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+# ---- generation ----------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in memory allocated once.
+
+    `rows` prompts of different lengths are padded on the left (`pads` tokens each), so that all rows grow at the same
+    place. The cache of a conversation can be passed to one `generate` after another: what the new ids share with the
+    old from the start is not computed again.
+    """
+
+    def __init__(self, gpt: GPT, rows: int = 1, pads: list[int] | None = None, positions: int | None = None):
+        c = gpt.config
+        shape = (c.n_layer, rows, c.n_head, positions or c.n_positions, c.n_embd // c.n_head)
+        self.keys = torch.empty(shape, device=gpt.device, dtype=gpt.ln_f.weight.dtype)
+        self.values = torch.empty_like(self.keys)
+        self.ids: list[int] = []  # the tokens of a single row, to find what a new prompt shares with them
+        self.length = 0
+        self.pads = None if not pads or not any(pads) else torch.tensor(pads, device=gpt.device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        new, end = k.shape[2], self.length + k.shape[2]
+        self.keys[layer, :, :, self.length:end] = k
+        self.values[layer, :, :, self.length:end] = v
+        if self.length == 0 and self.pads is None:  # a prompt: without a mask, the kernel skips what none may see
+            return causal_attention(layer, q, k, v, dropout=0.0)
+        k, v = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]    # (B, H, end, D)
+        mask = None if new == 1 else sees_up_to_itself(new, end, k.device)
+        if self.pads is not None:
+            place = torch.arange(end, device=k.device)
+            real = (place >= self.pads[:, None])[:, None, None]                # (B, 1, 1, end)
+            itself = place == place[self.length:, None]  # a pad sees itself: a softmax over nothing would be NaN
+            mask = real | itself if mask is None else mask & real | itself     # (B, 1, new, end)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    @torch.inference_mode()
+    def extend(self, gpt: GPT, tokens: Tensor) -> Tensor:
+        """Run (B, t) new tokens behind those in the cache; logits of the last position, (B, V)."""
+        positions = torch.arange(self.length, self.length + tokens.shape[1], device=tokens.device)
+        if self.pads is not None:
+            positions = (positions - self.pads[:, None]).clamp(0, gpt.config.n_positions - 1)
+        last = gpt.hidden(tokens, positions, self)[:, -1]                      # (B, C)
+        self.length += tokens.shape[1]
+        return gpt.logits(last)
+
+    def shared(self, ids: list[int]) -> int:
+        """How many of the first `ids` are here already; never all, for the last one's logits are wanted."""
+        count = 0
+        # self.length, because an interrupted extend() leaves ids that have no keys yet
+        while count < min(self.length, len(self.ids), len(ids) - 1) and self.ids[count] == ids[count]:
+            count += 1
+        return count
+
+    def continue_from(self, gpt: GPT, ids: list[int]) -> Tensor:
+        """Logits (1, V) after `ids`, computing only what they do not share with the tokens already here."""
+        self.length, self.ids = self.shared(ids), list(ids)
+        return self.extend(gpt, torch.tensor([ids[self.length:]], device=gpt.device))
+
+
+def choose(logits: Tensor, seen: list[int], temperature: float, top_k: int, top_p: float, min_p: float,
+           repetition_penalty: float, generator: torch.Generator) -> int:
+    """Draw the next id from (V,) logits; temperature 0 takes the likeliest."""
+    logits = logits.float().cpu()
+    if repetition_penalty != 1.0 and seen:
+        # Keskar et al. 2019 (CTRL), section 4.1: divide a seen token's logit, or multiply it where it is negative
+        place = torch.tensor(sorted(set(seen)))
+        logits = logits.clone()
+        logits[place] = torch.where(logits[place] > 0, logits[place] / repetition_penalty,
+                                    logits[place] * repetition_penalty)
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    if 0 < top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
+    probs = logits.softmax(-1)
+    if top_p < 1:  # Holtzman et al. 2019: the smallest set of tokens whose probabilities add up to top_p
+        ordered, place = probs.sort(descending=True)
+        probs[place[1:][ordered.cumsum(0)[:-1] >= top_p]] = 0  # all whose betters suffice; never the likeliest
+    if min_p > 0:  # tokens at least min_p times as likely as the likeliest
+        probs[probs < min_p * probs.max()] = 0
+    return int(torch.multinomial(probs, 1, generator=generator))
+
+
+def generate(gpt: GPT, ids: list[int], max_new_tokens: int = 256, *, temperature: float = 1.0, top_k: int = 0,
+             top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int | None = None,
+             stop: int | None = END_OF_TEXT, cache: KVCache | None = None) -> Iterator[int]:
+    """Yield the ids that follow `ids`, one by one, until `stop` (not yielded) or max_new_tokens.
+
+    Text may grow past the model's positions: the window then slides, see `window_start`.
+    """
+    if not ids:
+        raise ValueError("generate needs at least one token to start from")
+    if not 0 <= min(ids) <= max(ids) < gpt.config.vocab_size:
+        raise ValueError(f"token ids must lie in 0..{gpt.config.vocab_size - 1}, got {min(ids)}..{max(ids)}")
+    if max_new_tokens < 1:
+        return
+    generator = torch.Generator()
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    cache = cache or KVCache(gpt)
+    ids, written, start = list(ids), len(ids), window_start(len(ids), gpt.config.n_positions)
+    logits = cache.continue_from(gpt, ids[start:])
+    while True:
+        token = choose(logits[0], ids, temperature, top_k, top_p, min_p, repetition_penalty, generator)
+        if token == stop:
+            return
+        yield token
+        ids.append(token)
+        if len(ids) - written >= max_new_tokens:
+            return
+        moved = window_start(len(ids), gpt.config.n_positions)
+        if moved != start:
+            start = moved
+            logits = cache.continue_from(gpt, ids[start:])
+        else:
+            cache.ids.append(token)
+            logits = cache.extend(gpt, torch.tensor([[token]], device=gpt.device))
+
+
+# ======== The same numbers, faster; files; the machine. A reader of the mathematics may stop here.
+
+# ---- past the context ----------------------------------------------------------------------------
+
+
+def window_start(length: int, positions: int) -> int:
+    """Where the model's view of `length` tokens begins: at 0 while they fit, then in hops of half the context.
+
+    A pure function of the length, so that generation with and without a cache see the same; a hop at a time, because
+    every move of the window gives all tokens new positions, and the cache must be read anew.
+    """
+    hop = max(1, positions // 2)
+    return max(0, math.ceil((length - positions) / hop)) * hop
+
+
+# ---- log-probabilities without logits ------------------------------------------------------------
+
+
+def head(gpt: GPT, hidden: Tensor) -> Tensor:
+    """hidden wte^T, (..., C) to (..., V), by the fastest way there is."""
+    if gpt.lm_head:
+        return gpt.lm_head(hidden)
+    if hidden.is_cuda and hidden.itemsize < 4:  # probabilities want more digits than bf16 has
+        logits = LogProbs.logits(hidden.reshape(-1, hidden.shape[-1]), gpt.wte.weight)   # (V, rows)
+        return logits.t().reshape(*hidden.shape[:-1], -1)
+    return linear(hidden, gpt.wte.weight)
+
+
+def head_logprobs(gpt: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
+    """`logprobs(gpt.logits(hidden), targets)` without the logits: (M, C), (M,) to (M,)."""
+    if isinstance(gpt.lm_head, SharedRows):
+        return LogProbs.apply(hidden, gpt.lm_head.weight, gpt.lm_head.place[targets], gpt.lm_head.log_count)
+    return LogProbs.apply(hidden, gpt.wte.weight, targets)
+
+
+def head_total_logprob(gpt: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The sum of `head_logprobs`: ()."""
+    if gpt.wte.weight.requires_grad and torch.is_grad_enabled():
+        return TotalLogProb.apply(hidden, gpt.wte.weight, targets)
+    return head_logprobs(gpt, hidden, targets).sum()
 
 
 class LogProbs(torch.autograd.Function):
@@ -336,170 +491,63 @@ class TotalLogProb(torch.autograd.Function):
         return grad * grad_hidden, grad * grad_weight, None
 
 
-# ---- who attends to whom -------------------------------------------------------------------------
+class SharedRows(nn.Module):
+    """A frozen head whose equal rows are computed once: n equal logits weigh as one plus log n."""
+
+    def __init__(self, weight: Tensor, place: Tensor, count: Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)                            # (rows, C), all different
+        self.register_buffer("place", place, persistent=False)                              # (V,): the row of each word
+        self.register_buffer("log_count", count.to(weight).log(), persistent=False)         # (rows,)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return linear(hidden, self.weight)[..., self.place]
 
 
-def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Each position sees itself and all before it. Rows padded on the right need no mask under this."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+def share_equal_rows(gpt: GPT) -> None:
+    """Give a frozen head a copy without repetitions, if half of its rows are some.
 
-
-def sees_up_to_itself(queries: int, keys: int, device) -> Tensor:
-    """Causal mask (queries, keys) for the last `queries` of `keys` positions."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-
-
-class Packed:
-    """Causal attention inside each of the spans of tokens that lie end to end in one packed row of N.
-
-    A span also sees all of its prefix, the first tokens of spans before it (see `data.Span`): two replies to one prompt
-    are computed with the prompt only once, and each gives it its gradient.
+    All the words that a small base model never met share one row (see sample/make.py). OpenAI's rows are all different,
+    and for those this does nothing.
     """
-
-    def __init__(self, spans):
-        self.spans, self.masks = spans, {}
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        lengths = [span.tokens for span in self.spans]
-        # split, not slices: the gradient of N-wide slices would be as many N-wide tensors of zeros
-        q, k, v = (z.split(lengths, dim=2) for z in (q, k, v))                 # tuples of (1, H, T, D)
-        mixed = []
-        for i, span in enumerate(self.spans):
-            if not span.prefix:
-                mixed.append(causal_attention(layer, q[i], k[i], v[i], dropout))
-                continue
-            keys, values = (torch.cat([*(z[n][:, :, :tokens] for n, tokens in span.prefix), z[i]], dim=2)
-                            for z in (k, v))
-            if i not in self.masks:  # in the first layer, for all of them
-                self.masks[i] = sees_up_to_itself(span.tokens, keys.shape[2], keys.device)
-            mixed.append(F.scaled_dot_product_attention(q[i], keys, values, attn_mask=self.masks[i],
-                                                        dropout_p=dropout))
-        # joined as (1, N, H, D), which is how the next projection reads it: else all would be copied once more
-        return torch.cat([y.transpose(1, 2) for y in mixed], dim=1).transpose(1, 2)
+    weight = gpt.wte.weight.detach()
+    guess = (weight * torch.linspace(1, 2, weight.shape[1], device=weight.device).sin()).sum(1, dtype=torch.double)
+    _, place, count = guess.unique(return_inverse=True, return_counts=True)
+    first = torch.zeros_like(count).scatter_(0, place, torch.arange(len(weight), device=place.device))
+    if len(count) < len(weight) / 2 and torch.equal(weight[first][place], weight):  # equal sums may be of other rows
+        gpt.lm_head = SharedRows(weight[first], place, count)
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, in memory allocated once.
+# ---- few rows on many cores ----------------------------------------------------------------------
 
-    `rows` prompts of different lengths are padded on the left (`pads` tokens each), so that all rows grow at the same
-    place. The cache of a conversation can be passed to one `generate` after another: what the new ids share with the
-    old from the start is not computed again.
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear; of few rows, which is what generation has, as W x^T on all of a CPU's cores: (..., in) to (..., out).
+
+    For few columns MKL is faster at W x^T than at x W^T for few rows: of GPT-2's, 4 take a third of the time, 64 three
+    quarters. But it leaves a single column to one core, which cannot read W as fast as the memory gives it. As a batch
+    of smaller products, the rows of W dealt out to the cores, all of them read.
     """
-
-    def __init__(self, gpt: GPT, rows: int = 1, pads: list[int] | None = None, positions: int | None = None):
-        c = gpt.config
-        shape = (c.n_layer, rows, c.n_head, positions or c.n_positions, c.n_embd // c.n_head)
-        self.keys = torch.empty(shape, device=gpt.device, dtype=gpt.ln_f.weight.dtype)
-        self.values = torch.empty_like(self.keys)
-        self.ids: list[int] = []  # the tokens of a single row, to find what a new prompt shares with them
-        self.length = 0
-        self.pads = None if not pads or not any(pads) else torch.tensor(pads, device=gpt.device)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        new, end = k.shape[2], self.length + k.shape[2]
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        if self.length == 0 and self.pads is None:  # a prompt: without a mask, the kernel skips what none may see
-            return causal_attention(layer, q, k, v, dropout=0.0)
-        k, v = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]    # (B, H, end, D)
-        mask = None if new == 1 else sees_up_to_itself(new, end, k.device)
-        if self.pads is not None:
-            place = torch.arange(end, device=k.device)
-            real = (place >= self.pads[:, None])[:, None, None]                # (B, 1, 1, end)
-            itself = place == place[self.length:, None]  # a pad sees itself: a softmax over nothing would be NaN
-            mask = real | itself if mask is None else mask & real | itself     # (B, 1, new, end)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-    @torch.inference_mode()
-    def extend(self, gpt: GPT, tokens: Tensor) -> Tensor:
-        """Run (B, t) new tokens behind those in the cache; logits of the last position, (B, V)."""
-        positions = torch.arange(self.length, self.length + tokens.shape[1], device=tokens.device)
-        if self.pads is not None:
-            positions = (positions - self.pads[:, None]).clamp(0, gpt.config.n_positions - 1)
-        last = gpt.hidden(tokens, positions, self)[:, -1]                      # (B, C)
-        self.length += tokens.shape[1]
-        return gpt.logits(last)
-
-    def read(self, gpt: GPT, ids: list[int]) -> Tensor:
-        """Logits (1, V) after `ids`, computing only what they do not share with the tokens already here."""
-        shared = 0
-        # self.length, because an interrupted extend() leaves ids that have no keys yet
-        while shared < min(self.length, len(self.ids), len(ids) - 1) and self.ids[shared] == ids[shared]:
-            shared += 1
-        self.length, self.ids = shared, list(ids)
-        return self.extend(gpt, torch.tensor([ids[shared:]], device=gpt.device))
+    rows, parts = x.numel() // weight.shape[1], torch.get_num_threads()
+    few = 0 < rows <= weight.shape[1] // 6  # of more, y takes longer to turn around than the product gains
+    mkl = (x.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+           and torch.backends.mkl.is_available())
+    if torch.is_grad_enabled() or not (few and mkl):
+        return F.linear(x, weight, bias)
+    share, columns = len(weight) // parts, x.reshape(rows, -1).t()                                  # (in, rows)
+    y = torch.bmm(weight[:share * parts].unflatten(0, (parts, share)), columns.expand(parts, -1, -1)).flatten(0, 1)
+    if len(y) < len(weight):
+        y = torch.cat([y, weight[share * parts:] @ columns])
+    y = y.t().contiguous().view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
 
 
-# ---- sampling ------------------------------------------------------------------------------------
-
-
-def window_start(length: int, positions: int) -> int:
-    """Where the model's view of `length` tokens begins: at 0 while they fit, then in hops of half the context.
-
-    A pure function of the length, so that generation with and without a cache see the same; a hop at a time, because
-    every move of the window gives all tokens new positions, and the cache must be read anew.
-    """
-    hop = max(1, positions // 2)
-    return max(0, math.ceil((length - positions) / hop)) * hop
-
-
-def choose(logits: Tensor, seen: list[int], temperature: float, top_k: int, top_p: float, min_p: float,
-           repetition_penalty: float, generator: torch.Generator) -> int:
-    """Draw the next id from (V,) logits; temperature 0 takes the likeliest."""
-    logits = logits.float().cpu()
-    if repetition_penalty != 1.0 and seen:
-        # Keskar et al. 2019 (CTRL), section 4.1: divide a seen token's logit, or multiply it where it is negative
-        place = torch.tensor(sorted(set(seen)))
-        logits = logits.clone()
-        logits[place] = torch.where(logits[place] > 0, logits[place] / repetition_penalty,
-                                    logits[place] * repetition_penalty)
-    if temperature == 0:
-        return int(logits.argmax())
-    logits = logits / temperature
-    if 0 < top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
-    probs = logits.softmax(-1)
-    if top_p < 1:  # Holtzman et al. 2019: the smallest set of tokens whose probabilities add up to top_p
-        ordered, place = probs.sort(descending=True)
-        probs[place[1:][ordered.cumsum(0)[:-1] >= top_p]] = 0  # all whose betters suffice; never the likeliest
-    if min_p > 0:  # tokens at least min_p times as likely as the likeliest
-        probs[probs < min_p * probs.max()] = 0
-    return int(torch.multinomial(probs, 1, generator=generator))
-
-
-def generate(gpt: GPT, ids: list[int], max_new_tokens: int = 256, *, temperature: float = 1.0, top_k: int = 0,
-             top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int | None = None,
-             stop: int | None = END_OF_TEXT, cache: KVCache | None = None) -> Iterator[int]:
-    """Yield the ids that follow `ids`, one by one, until `stop` (not yielded) or max_new_tokens.
-
-    Text may grow past the model's positions: the window then slides, see `window_start`.
-    """
-    if not ids:
-        raise ValueError("generate needs at least one token to start from")
-    if not 0 <= min(ids) <= max(ids) < gpt.config.vocab_size:
-        raise ValueError(f"token ids must lie in 0..{gpt.config.vocab_size - 1}, got {min(ids)}..{max(ids)}")
-    if max_new_tokens < 1:
-        return
-    generator = torch.Generator()
-    generator.manual_seed(seed) if seed is not None else generator.seed()
-    cache = cache or KVCache(gpt)
-    ids, written, start = list(ids), len(ids), window_start(len(ids), gpt.config.n_positions)
-    logits = cache.read(gpt, ids[start:])
-    while True:
-        token = choose(logits[0], ids, temperature, top_k, top_p, min_p, repetition_penalty, generator)
-        if token == stop:
-            return
-        yield token
-        ids.append(token)
-        if len(ids) - written >= max_new_tokens:
-            return
-        moved = window_start(len(ids), gpt.config.n_positions)
-        if moved != start:
-            start = moved
-            logits = cache.read(gpt, ids[start:])
-        else:
-            cache.ids.append(token)
-            logits = cache.extend(gpt, torch.tensor([[token]], device=gpt.device))
+# ---- many prompts at once ------------------------------------------------------------------------
 
 
 def generate_batch(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, stop: int = END_OF_TEXT,
@@ -573,13 +621,102 @@ def quantise(gpt: GPT) -> None:
 
 # ---- weights in and out --------------------------------------------------------------------------
 
-
-def _is_conv1d(name: str) -> bool:
-    """transformers keeps GPT-2's four projections as OpenAI's Conv1D, whose weight is (in, out): ours is (out, in)."""
-    return name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith(".weight")
+SAMPLE = Path(__file__).parent / "sample" / "model"  # the bundled base model
+WANTED = f"sample, {', '.join(SIZES)}, or the folder of a model"
 
 
-def _from_transformers(weights: dict[str, Tensor], gpt: GPT, source) -> dict[str, Tensor]:
+def find_model(spec: str) -> Path:
+    """The folder of a model: the bundled one, OpenAI's (fetched from the Hub once), or one's own. Computes nothing."""
+    check_model(spec)
+    if Path(spec, "config.json").is_file():
+        return Path(spec)
+    return SAMPLE if spec == "sample" else _from_hub(spec)
+
+
+def check_model(spec: str) -> None:
+    """Refuse a `--model` that can be seen to be none, with the reason and the next command; asks no network."""
+    folder = Path(spec)
+    if (folder / "config.json").is_file() or spec == "sample" or (spec in SIZES and not folder.is_dir()):
+        return
+    if (folder / "adapter_config.json").is_file():
+        why = "it holds adapters, not a model.\nGive the model they were trained on as --model, and these as --adapter"
+    elif (folder / "run.json").is_file():
+        why = "its run is not finished.\nRun its command again: it goes on from the newest checkpoint"
+    elif folder.is_dir():
+        why = "it has no config.json"
+    else:
+        near = difflib.get_close_matches(spec, ["sample", *SIZES], n=1)
+        why = f"there is no such folder in {Path.cwd()}" + (f"; did you mean {near[0]}?" if near else "")
+    raise FileNotFoundError(f"no model in '{spec}': {why}\nWanted: {WANTED} (with its config.json).\n"
+                            "To train one: uv run sft.py")
+
+
+def read_model(folder: Path) -> GPT:
+    """The model of a folder in transformers' format, in fp32."""
+    config, weights = read_config(folder), read_weights(folder)
+    with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
+        gpt = GPT(config)
+    gpt.load_state_dict(_from_transformers(weights, gpt, folder), assign=True)
+    return gpt.requires_grad_(True)
+
+
+def write_model(gpt: GPT, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {f"transformer.{name}": (w.t() if _is_conv1d(name) else w).to("cpu", dtype).contiguous()
+               for name, w in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    about = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+             **asdict(gpt.config), "n_ctx": gpt.config.n_positions, "n_inner": None, "tie_word_embeddings": True,
+             "bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "dtype": str(dtype).removeprefix("torch.")}
+    generation = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT}
+    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> GPTConfig:
+    path = folder / "config.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(about, dict):
+            raise TypeError("it holds no settings")
+        config = GPTConfig(**{k: about[k] for k in GPTConfig.__dataclass_fields__ if k in about})
+        for key, value in asdict(config).items():
+            if type(value) is not type(getattr(GPTConfig, key)) or not 0 < value < 2**31:
+                raise ValueError(f"{key} is {value!r}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a model's configuration: {error}") from None
+    wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": (None, 4 * config.n_embd),
+              "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+    for key, allowed in wanted.items():
+        if about.get(key, allowed) != allowed and about.get(key) not in (allowed if isinstance(allowed, tuple) else ()):
+            raise ValueError(f"{path}: {key} is {about[key]!r}, GPT-2 has {allowed!r}")
+    return config
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder's model.safetensors, or of the shards that its index names."""
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file() and not (folder / names[0]).is_file():  # transformers too takes the single file first
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{index} is damaged: it has no weight_map from weights to files") from None
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        file = folder / name
+        if not file.is_file():
+            pickled = next((f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")), None)
+            reason = f": {pickled} is a pickle, which can run code when it is read; save it again with transformers' " \
+                     "save_pretrained, which writes safetensors" if pickled else ""
+            raise FileNotFoundError(f"'{folder}' has no {name}{reason}")
+        try:
+            weights |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
+    return weights
+
+
+def _from_transformers(weights: dict[str, Tensor], gpt: GPT, source: Path) -> dict[str, Tensor]:
     """Our names and orientation, in fp32; says which key is missing or which shape is off."""
     weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
     head, own = weights.pop("lm_head.weight", None), {}
@@ -600,58 +737,93 @@ def _from_transformers(weights: dict[str, Tensor], gpt: GPT, source) -> dict[str
     return own
 
 
-def _from_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no model at '{folder}': give sample, {', '.join(SIZES)}, "
-                                "or a folder with config.json and model.safetensors")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"'{folder}' is not a model folder: it has no config.json")
-    try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(about, dict):
-            raise TypeError("it holds no settings")
-        config = GPTConfig(**{k: about[k] for k in GPTConfig.__dataclass_fields__ if k in about})
-        for key, value in asdict(config).items():
-            if type(value) is not GPTConfig.__annotations__[key] or value <= 0:
-                raise ValueError(f"{key} is {value!r}")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is not a model's configuration: {error}") from None
-    wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": (None, 4 * config.n_embd),
-              "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
-    for key, allowed in wanted.items():
-        if about.get(key, allowed) != allowed and about.get(key) not in (allowed if isinstance(allowed, tuple) else ()):
-            raise ValueError(f"{folder / 'config.json'}: {key} is {about[key]!r}, GPT-2 has {allowed!r}")
-    index = folder / "model.safetensors.index.json"
-    try:
-        names = (sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file()
-                 else ["model.safetensors"])
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"{index} is damaged: it has no weight_map from weights to files") from None
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        if not (folder / name).is_file():
-            pickled = next((f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")), None)
-            reason = f": {pickled} is a pickle, which can run code when it is read; save it again with transformers' " \
-                     "save_pretrained, which writes safetensors" if pickled else ""
-            raise FileNotFoundError(f"'{folder}' has no {name}{reason}")
-        try:
-            weights |= load_file(folder / name)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / name} is damaged: {error}") from None
-    return config, weights
+def _is_conv1d(name: str) -> bool:
+    """transformers keeps GPT-2's four projections as OpenAI's Conv1D, whose weight is (in, out): ours is (out, in)."""
+    return name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith(".weight")
 
 
-def _from_hub(name: str) -> tuple[GPTConfig, dict[str, Tensor]]:
-    from transformers import GPT2LMHeadModel  # seven seconds to import: only for those who need it
+def _from_hub(name: str) -> Path:
+    """The folder in the Hub's cache with OpenAI's model of this name, fetched where it is not there yet."""
+    from transformers.utils import cached_file
 
     try:
-        theirs = GPT2LMHeadModel.from_pretrained(f"openai-community/{name}")
+        files = [cached_file(f"openai-community/{name}", file) for file in ("config.json", "model.safetensors")]
     except OSError as error:
         raise FileNotFoundError(
             f"OpenAI's {name} is not on this machine, and could not be had from the Hugging Face Hub\n"
             f"({str(error).splitlines()[0]}).\n"
             f"Where there is a network: uv run hf download openai-community/{name} --local-dir {name}\n"
             f"then copy the folder here and give --model {name}; or use the bundled --model sample") from error
-    return SIZES[name], theirs.state_dict()
+    return Path(files[0]).parent
 
 
+# ---- the machine ---------------------------------------------------------------------------------
+
+
+def pick_device(wanted: str = "auto") -> torch.device:
+    if wanted != "auto":
+        try:
+            torch.empty(0, device=wanted)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {wanted} cannot be used here: {str(error).splitlines()[0]}") from None
+    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
+        # which Hopper would take: it plans anew for every length, and each conversation has another
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if wanted != "auto":
+        return torch.device(wanted)
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """bf16 only where the hardware multiplies in it: elsewhere it is several times slower than fp32."""
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bf16" else torch.float32
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def memory_estimate(gpt: GPT, tokens: int, context: int, dtype: torch.dtype, shards: int = 1) -> int:
+    """Bytes at the peak of a training step: weights, gradients, AdamW's moments, activations, one block of logits.
+
+    tokens: computed at once. context: of one row. dtype: of the products. shards: processes that share the weights.
+    """
+    c, width = gpt.config, dtype.itemsize
+    learning = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in gpt.parameters())
+    head_learns = gpt.wte.weight.requires_grad
+    if width < 4 and head_learns:
+        weights += sum(p.numel() for p in gpt.parameters()) * width  # autocast's copies
+    # kept for the backward pass, in widths of the model: inputs and outputs of two norms, q k v, attention's output,
+    # the MLP's 4C before and after GELU, the residual stream, and what the adapters read
+    layer = 4 if gpt.recompute_activations else 19 * width + 8
+    per_token = (19 * width + 4) * c.n_embd + (c.n_layer - 1) * c.n_embd * layer
+    if gpt.device.type == "mps":  # its fused attention is for inference: in training, the weights of each pair are kept
+        per_token += c.n_head * context * width * (1 if gpt.recompute_activations else c.n_layer)
+    block = 3 * tokens * LogProbs.BLOCK * 4  # logits as they come, as fp32, and what the next product reads
+    gradient = 0
+    if head_learns:  # its gradient before and after it is scaled, and logits in two precisions
+        block = max(block, 2 * min(tokens, TotalLogProb.ROWS) * c.vocab_size * 4)
+        gradient = 2 * c.vocab_size * c.n_embd * 4
+    return int((weights + 12 * learning) / shards + tokens * per_token + block + gradient)
+
+
+def memory_free(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest so far: of a GPU's memory what PyTorch took, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    except ImportError:  # Windows
+        return 0

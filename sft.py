@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import data
-from train import Run, Settings, begin, finish, lazy, run_script, step_batches, train, validation_batches
+from data import lazy, run_script
+from train import Run, Settings, begin, finish, step_batches, train, validation_batches
 
 torch = lazy("torch")
 
 
 @dataclass(kw_only=True)
 class Config(Settings):
-    # defaults for a model's size; without one: the sample's where no --data is given, else those below
+    # settings for a model's size; with neither --preset nor --data: sample
     preset: Literal["none", "sample", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "none"
     model: str = "sample"  # sample, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in transformers' format
     data: tuple[str, ...] = ("sample",)  # conversations: NAME, NAME:PATH or PATH, each with an optional @WEIGHT
@@ -54,9 +55,15 @@ PRESETS = {
 
 
 def sft_loss(gpt, batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Cross-entropy over the assistant's tokens: - sum over t of log p(token_t | all tokens before t)."""
-    total = gpt.target_logprobs(batch, total=True)                             # over all M supervised tokens
-    return -total, torch.tensor(len(batch.targets)), {}
+    """Cross-entropy over the assistant's tokens: - sum over t of log p(token_t | all tokens before t).
+
+    A sum and a count: the loop divides once. In three lines,
+
+        logits = gpt(ids)                                                      # (T, V), see model.GPT.target_logprobs
+        logprobs = logits.log_softmax(-1)[t, ids[t + 1]]                       # (T,), see model.logprobs
+        loss = -logprobs[mask].sum()                                           # mask: what data.render says is learnt
+    """
+    return -gpt.total_logprob(batch), torch.tensor(len(batch.targets)), {}     # over all M supervised tokens
 
 
 def next_commands(cfg: Config) -> str:
@@ -67,7 +74,7 @@ def next_commands(cfg: Config) -> str:
 def main(cfg: Config) -> dict:
     with Run("sft", cfg) as run:
         gpt = run.load(cfg.model)
-        chats = data.load_rows(cfg.data, **data.reading(cfg))
+        chats = data.load_rows(cfg.data, cfg)
         if not begin(gpt, chats, cfg, run):
             return run.about["metrics"]
         metrics = train(gpt, sft_loss, step_batches(chats, cfg, run), validation_batches(chats, cfg, run), cfg, run)

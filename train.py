@@ -8,6 +8,7 @@ learn from add zero. A step is `batch_size` rows in an order fixed by (seed, epo
 fixed by (seed, step, micro-batch, rank). Randomness is thus a function of position, never of history: nothing random
 is saved, and a run that is resumed equals one that was never interrupted, bit for bit.
 
+A stage uses Settings, Run, begin, train and finish. A reader of the mathematics may stop at "A run".
 `uv run train.py runs/sft runs/dpo` compares finished runs.
 """
 
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import errno
 import hashlib
 import json
@@ -37,29 +37,25 @@ import tyro
 from rich.console import Console
 
 import data
-from data import lazy
+from data import is_out_of_memory, lazy, option, remove, run_script, sync, write_file, written_whole
 
 torch = lazy("torch")
 model = lazy("model")
 lora = lazy("lora")
 
+
 # ---- settings ------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
-class Settings:
+class Settings(data.Reading):
     """What every stage can be told; a stage's own Config adds the rest and comes first."""
 
     # JSONL of questions and the facts a good reply contains, scored before and after; auto: the sample's, for its data
     checks: str = "auto"
     # conversations answered before, during and after training; " | " separates the turns of one
     prompts: tuple[str, ...] = ("What does a data scientist do? | What about a machine learning engineer?", "Hello!")
-    seed: int = 0  # order of the rows, split, dropout and LoRA's first values
-    val_fraction: float = 0.05  # share of the conversation trees held out for validation
-    val_rows: int = 256  # of those, how many rows an evaluation takes at most
-    language: str = "en"  # which of OASST's
-    bad_rows: Literal["error", "skip"] = "error"  # what a malformed row of a data file does
-    context: int = 1024  # tokens of a row at most; longer conversations lose their oldest exchanges
+    val_rows: int = 256  # rows of an evaluation at most
 
     micro_batch_tokens: int = 2048  # tokens computed at once: memory depends on it, and results only by dropout
     warmup: float = 0.05  # share of the steps in which the rate rises from 0 to --lr
@@ -107,127 +103,236 @@ class Settings:
 MAY_DIFFER = {"overwrite", "debug", "config", "preset", "tracker", "save_every", "keep", "out"}
 
 
-def option(setting: str) -> str:
-    """The flag of a setting, as one types it."""
-    return "--" + setting.replace("_", "-")
+# ---- the loop ------------------------------------------------------------------------------------
 
 
-def command_line(config: type, presets: dict[str, dict] | None = None, args: list[str] | None = None):
-    """The script's Config from its flags: --preset and --config change the defaults, every other flag one value."""
-    args = sys.argv[1:] if args is None else args
-    known = {option(f.name) for f in dataclasses.fields(config)}
-    for flag in (arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")):
-        if flag[2:] and flag.replace("--no-", "--", 1) not in known | {"--help"} and not flag.startswith("--tyro-"):
-            near = difflib.get_close_matches(flag, sorted(known), n=1)
-            raise ValueError(f"there is no {flag}" + (f"; did you mean {near[0]}?" if near else "")
-                             + f"\nAll there are: uv run {Path(sys.argv[0]).name} --help")
-    values, given = {}, {arg.partition("=")[0] for arg in args}
-    if {"--preset", "--config"} <= given:
-        raise ValueError("--preset and --config both say what the defaults are: give one of them")
-    if presets and not {"--data", "--preset", "--config"} & given:
-        args = ["--preset", "sample", *args]
-    for flag in ("--preset", "--config"):
-        for i, arg in enumerate(args):
-            value = arg.partition("=")[2] if arg.startswith(flag + "=") else args[i + 1] if (
-                arg == flag and i + 1 < len(args)) else None
-            if flag == "--preset" and value in (presets or {}):  # tyro refuses others
-                values |= presets[value] | {"preset": value}
-            elif flag == "--config" and value is not None:
-                values |= _saved_config(value, config)
-    return tyro.cli(config, default=config(**values), args=args, description=sys.modules[config.__module__].__doc__)
+@dataclass
+class State:
+    """What the loop remembers besides weights and optimiser; all of it is in a checkpoint."""
+
+    step: int = 0  # optimiser steps done
+    tokens: int = 0  # tokens trained on
+    seconds: float = 0.0  # that the loop took for it, over all resumptions
+    budget: int = 0  # micro-batch tokens, halved when memory ran out
+    record: dict = field(default_factory=dict)  # what the step measured; it is logged after the step's evaluation
 
 
-def _saved_config(path: str, config: type) -> dict:
-    try:
-        saved = dict(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--config {path} is not the run.json of a run ({type(error).__name__}: {error})") from None
-    if strangers := sorted(set(saved) - {f.name for f in dataclasses.fields(config)}):
-        raise ValueError(f"--config {path} has a setting that this script does not know: {strangers[0]}")
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k not in ("overwrite", "config")}
+def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch], cfg: Settings, run: Run) -> dict:
+    """Train in place, from the newest checkpoint of the run's folder if there is one; returns the last metrics.
+
+    train_batches(step, token_budget) gives the micro-batches of a step, val_batches are always the same.
+    Raises FloatingPointError before a step whose loss or gradient is not finite.
+    """
+    loss = parallelise(gpt, loss_fn, cfg, run)
+    optimizer = make_optimizer(gpt, cfg)
+    state = load_checkpoint(gpt, optimizer, run) or State(budget=cfg.micro_batch_tokens)
+    if run.world > 1:  # rows are dealt out by the budget, and DPO knows the reference of those dealt by this one
+        state.budget = cfg.micro_batch_tokens
+    gpt.train()
+    saved, began = state.step, time.perf_counter() - state.seconds
+
+    def save() -> None:
+        nonlocal saved
+        if state.step > saved:
+            save_checkpoint(gpt, optimizer, state, cfg, run)
+            saved = state.step
+
+    with Log(run, state) as log, run.stoppable(log, state, save):
+        measured = measure(gpt, loss, val_batches, state, log, cfg, run)  # of a checkpoint's step too, when resumed
+        while state.step < cfg.steps:
+            state.record = step(loss, optimizer, train_batches, state, cfg, run)
+            state.seconds = time.perf_counter() - began
+            log.advance(state.step)
+            measured = measure(gpt, loss, val_batches, state, log, cfg, run)
+            if state.step == cfg.steps or (cfg.save_every and state.step % cfg.save_every == 0):
+                save()
+            run.stop_point()
+    run.note(seconds=round(time.perf_counter() - began, 1))
+    return state.record | measured
 
 
-def run_script(main, config: type, presets: dict[str, dict] | None = None) -> None:
-    """Run main(config from the command line); trouble becomes a few clear lines and exit code 2 (input) or 1 (run)."""
-    debug = "--debug" in sys.argv
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a locale that lacks a character must not end a run
-    try:
-        main(command_line(config, presets))
-    except Interrupted as stop:
-        sys.exit(stop.code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe has gone: nothing left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except Exception as error:
-        refused = isinstance(error, ValueError | FileNotFoundError | FileExistsError | NotADirectoryError
-                             | IsADirectoryError | PermissionError | Busy)
-        memory = is_out_of_memory(error)
-        if debug or not (refused or memory or isinstance(error, OSError | ArithmeticError | ImportError)):
-            raise
-        lines = "\n".join(str(error).splitlines()[:5]) or type(error).__name__
-        if memory and not isinstance(error, MemoryError):  # torch's own words, from outside a training step
-            lines = (f"out of memory ({lines.splitlines()[0][:200]}).\n"
-                     "Close other programs, or take a smaller --model; in training, a smaller --micro-batch-tokens")
-        print(f"error: {data.visible(lines)}", file=sys.stderr)
-        sys.exit(2 if refused else 1)
+def step(loss, optimizer, train_batches, state: State, cfg: Settings, run: Run) -> dict:
+    """One update of the weights; returns what to log of it."""
+    began, lr = time.perf_counter(), learning_rate(state.step, cfg)
+    batches, totals = with_less_memory(accumulate, loss, optimizer, train_batches, state, cfg, run)
+
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    averaged = run.world if isinstance(loss, torch.nn.parallel.DistributedDataParallel) else 1  # DDP took the mean
+    scale = averaged / max(totals["count"], 1.0)
+    norm = scale * gradient_norm(grads, run)
+    if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
+        raise not_finite(batches, totals, norm, lr, state, cfg)
+
+    for grad in grads:
+        grad.mul_(scale * min(1.0, cfg.clip / max(norm, 1e-12)))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    state.step += 1
+    state.tokens += int(totals["row_tokens"])
+    seconds = time.perf_counter() - began
+    return {"step": state.step, "lr": lr, "grad_norm": norm, "tokens": state.tokens,
+            "tokens_per_second": totals["row_tokens"] / seconds,
+            f"{cfg.row_name}_per_second": cfg.batch_size / seconds,
+            "peak_memory_bytes": model.peak_memory(run.device), **means(totals)}
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; `code` is the conventional exit code."""
+def accumulate(loss, optimizer, train_batches, state: State, cfg: Settings, run: Run) -> tuple[list, dict[str, float]]:
+    """Forward and backward over the step's micro-batches: these, and the totals of all processes.
 
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.code = 128 + signum
-
-
-class Busy(Exception):
-    """Another process works in this run folder."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of CUDA and MPS, of the CPU, of cuBLAS
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words))
-
-
-# ---- processes and device ------------------------------------------------------------------------
-
-SAMPLE = Path(__file__).parent / "sample"
-
-
-def find_model(spec: str) -> str:
-    """A --model as model.GPT.from_pretrained takes it: `sample` is the bundled base model."""
-    return str(SAMPLE / "model") if spec == "sample" and not Path(spec).joinpath("config.json").is_file() else spec
+    Gradients of the sum of all losses are left where the optimiser looks for them.
+    """
+    batches, sums = train_batches(state.step, state.budget), Sums()
+    for i, batch in enumerate(batches):
+        torch.manual_seed(seed_at(cfg.seed, state.step, i, run.rank))
+        with synchronised(loss, last=i == len(batches) - 1):
+            with run.autocast():
+                total, count, metrics = loss(to_device(batch, run.device))
+            total.backward()
+        sums.add(total, count, metrics | {"row_tokens": torch.tensor(float(batch.row_tokens))})
+        if i < len(batches) - 1:
+            try:
+                run.stop_point(together=False)
+            except Interrupted:
+                optimizer.zero_grad(set_to_none=True)
+                raise
+    return batches, sums.totals(run)
 
 
-def pick_device(wanted: str = "auto") -> torch.device:
-    if wanted != "auto":
-        try:
-            torch.empty(0, device=wanted)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {wanted} cannot be used here: {str(error).splitlines()[0]}") from None
-    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
-        # which Hopper would take: it plans anew for every length, and each conversation has another
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if wanted != "auto":
-        return torch.device(wanted)
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def measure(gpt: model.GPT, loss, val_batches: list[data.Batch], state: State, log: Log, cfg: Settings,
+            run: Run) -> dict[str, float]:
+    """What there is to know after a step: it is evaluated if that is due, logged, and some replies are shown."""
+    due = state.step in (0, cfg.steps) or (cfg.eval_every and state.step % cfg.eval_every == 0)
+    found = evaluate(loss, val_batches, run) if due else {}
+    measured = {f"val_{name}": value for name, value in found.items()}
+    if not math.isfinite(measured.get("val_loss", 0.0)):
+        raise FloatingPointError(
+            f"the validation loss after step {state.step} is {measured['val_loss']:g}.\n"
+            + (advice(cfg) if state.step else f"The weights of {cfg.model} are not fit to train from."))
+    if state.step == 0:
+        run.note(before=run.about["before"] | measured)
+        run.say(f"before the first step: {summary(measured) or 'no validation rows'}")
+    elif due or state.step % cfg.log_every == 0:
+        log.write(state.record | measured)
+    if due and 0 < state.step < cfg.steps:
+        whole = whole_model(gpt, run)
+        if run.is_main:
+            show(f"after step {state.step}", converse(whole, cfg.prompts, cfg.reply_tokens), run)
+    return measured
 
 
-def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """bf16 only where the hardware multiplies in it: elsewhere it is several times slower than fp32."""
-    if wanted != "auto":
-        return torch.bfloat16 if wanted == "bf16" else torch.float32
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return torch.bfloat16 if fast else torch.float32
+def evaluate(loss, batches: list[data.Batch], run: Run) -> dict[str, float]:
+    """Mean loss and metrics over all batches and processes: total / count, so that perplexity is exp(loss).
+
+    `loss` is a module from `parallelise`.
+    """
+    if not batches:
+        return {}
+    sums, loss = Sums(), getattr(loss, "module", loss)  # DDP has nothing to synchronise here
+    loss.eval()
+    with torch.no_grad(), run.autocast():
+        for batch in batches:
+            sums.add(*loss(to_device(batch, run.device)))
+            run.stop_point(together=False)
+    loss.train()
+    return means(sums.totals(run))
+
+
+class Sums:
+    """Loss, count and metric sums, added up over micro-batches and then over processes; divided once."""
+
+    def __init__(self):
+        self.values: dict[str, torch.Tensor] = {}
+
+    def add(self, loss, count, metrics: dict) -> None:
+        for key, value in {"loss": loss, "count": count, **metrics}.items():
+            wide = torch.float32 if value.device.type == "mps" else torch.float64  # MPS has no fp64
+            self.values[key] = self.values.get(key, 0.0) + value.detach().to(wide)
+
+    def totals(self, run: Run) -> dict[str, float]:
+        keys = list(self.values)
+        return dict(zip(keys, run.reduce(torch.stack([self.values[k].cpu() for k in keys])).tolist(), strict=True))
+
+
+def means(totals: dict[str, float]) -> dict[str, float]:
+    count = max(totals["count"], 1.0)
+    return {key: value / count for key, value in totals.items() if key not in ("count", "row_tokens")}
+
+
+# ---- optimiser and schedule ----------------------------------------------------------------------
+
+
+def make_optimizer(gpt: model.GPT, cfg: Settings) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, since a bias or a norm's gain near zero is not simpler."""
+    params = [p for p in gpt.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+
+
+def learning_rate(step: int, cfg: Settings) -> float:
+    """Linear warm-up, then half a cosine from lr down to final_lr * lr; `step` counts from 0."""
+    warmup = max(1, round(cfg.warmup * cfg.steps))
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, cfg.steps - warmup)
+    return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def gradient_norm(grads: list[torch.Tensor], run: Run) -> float:
+    """The norm of all gradients together, and of all shards of them.
+
+    Row by row: torch's norm of a matrix is one long fp32 sum on a CPU, and 0.3 % too small for GPT-2's embedding.
+    """
+    sharded = any(hasattr(grad, "to_local") for grad in grads)
+    shards = [grad.to_local() for grad in grads] if sharded else grads
+    squares = torch.as_tensor(sum(torch.linalg.vector_norm(shard, dim=-1).square().sum() for shard in shards))
+    return math.sqrt(run.reduce(squares) if sharded else squares)
+
+
+def seed_at(*position: int) -> int:
+    """A seed that depends on a position and on nothing before it."""
+    return int.from_bytes(hashlib.sha256(repr(position).encode()).digest()[:8], "little") >> 1
+
+
+# ---- the rows of a step --------------------------------------------------------------------------
+
+
+def step_batches(rows: data.Data, cfg: Settings, run: Run):
+    """batches(step, budget): this process's micro-batches of a step, which depends on (seed, step) alone."""
+
+    order = data.Order(rows.train, cfg.batch_size, cfg.seed)
+
+    def batches(step: int, budget: int) -> list[data.Batch]:
+        return _own_batches(rows.train, order(step), budget, cfg, run)
+
+    return batches
+
+
+def validation_batches(rows: data.Data, cfg: Settings, run: Run) -> list[data.Batch]:
+    """This process's share of the validation rows, which are numbered on from the training rows."""
+    first, count = len(rows.train), min(len(rows.val), cfg.val_rows)
+    if not count:
+        return []
+    chosen = first + data.Order(rows.val, count, cfg.seed)(step=0)
+    return _own_batches(rows.train + rows.val, chosen, cfg.micro_batch_tokens, cfg, run)
+
+
+def _own_batches(rows: list, indices, budget: int, cfg: Settings, run: Run) -> list[data.Batch]:
+    """This process's micro-batches: one at least, and under FSDP, whose gathers are collective, as many as any has."""
+    parts = data.divide(rows, indices, budget)
+    batches = {rank: data.into_batches(rows, parts[rank::run.world], budget)
+               for rank in (range(run.world) if cfg.fsdp else [run.rank])}
+    missing = max(1, *map(len, batches.values())) - len(batches[run.rank])
+    return batches[run.rank] + [without_targets(data.pack(rows, parts[-1][1][:1]))] * missing
+
+
+def without_targets(batch: data.Batch) -> data.Batch:
+    """The batch with nothing to learn from: what a process computes while others are busy with more."""
+    nothing = {name: getattr(batch, name)[:0] for name in ("index", "targets", "target_span", "rows", "pairs")}
+    return replace(batch, **nothing, row_tokens=0)
 
 
 def to_device(batch: data.Batch, device: torch.device) -> data.Batch:
@@ -235,6 +340,55 @@ def to_device(batch: data.Batch, device: torch.device) -> data.Batch:
     arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "rows"}
     return replace(batch, **{k: torch.from_numpy(v).to(device, non_blocking=True)
                              for k, v in arrays.items() if hasattr(v, "dtype")})
+
+
+# ======== A run: everything around the loop. A reader of the mathematics may stop here. ===========
+
+# ---- when a step cannot be taken -----------------------------------------------------------------
+
+
+def with_less_memory(accumulate, loss, optimizer, train_batches, state: State, cfg: Settings, run: Run):
+    """accumulate(...); where memory runs out in the first steps, with half the micro-batches and the same gradient."""
+    while True:
+        try:
+            return accumulate(loss, optimizer, train_batches, state, cfg, run)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            optimizer.zero_grad(set_to_none=True)
+            if state.step >= 3 or run.world > 1 or state.budget <= 128:
+                raise MemoryError(
+                    f"out of memory in step {state.step + 1} with micro-batches of {state.budget} tokens.\n"
+                    "If another program took it, run the same command again: it goes on from the last checkpoint.\n"
+                    f"Else --overwrite and --micro-batch-tokens {state.budget // 2}, --recompute, --lora-rank 8 or "
+                    "--model.") from None
+            state.budget //= 2
+            run.say(f"out of memory: going on with micro-batches of {state.budget} tokens, for the same gradient")
+
+
+def not_finite(batches: list[data.Batch], totals: dict, norm: float, lr: float, state: State,
+               cfg: Settings) -> FloatingPointError:
+    rows = sorted({int(r) for batch in batches for r in batch.rows})
+    return FloatingPointError(
+        f"step {state.step + 1}: loss {totals['loss'] / max(totals['count'], 1):g}, gradient norm {norm:g}, "
+        f"rate {lr:.2e}; rows {', '.join(map(str, rows[:12]))}{' ...' if len(rows) > 12 else ''}.\n"
+        "The step was not taken and nothing of it was saved.\n" + advice(cfg, rows[0] if rows else None))
+
+
+def advice(cfg: Settings, row: int | None = None) -> str:
+    return (f"Try a lower rate: --lr {cfg.lr / 3:.1e} --overwrite\n"
+            f"or look at the data: {look_at(cfg, row)}")
+
+
+def look_at(cfg: Settings, row: int | None = None) -> str:
+    """The command that shows what the data of a run becomes, or one row of it."""
+    changed = [f"{option(f.name)} {getattr(cfg, f.name)}" for f in dataclasses.fields(data.Reading)
+               if getattr(cfg, f.name) != f.default]
+    changed += [f"--row {row}"] * (row is not None)
+    return " ".join(["uv run data.py", shlex.join(cfg.data), *["--pairs"] * (cfg.row_name == "pairs"), *changed])
+
+
+# ---- a run: folder, signals, screen --------------------------------------------------------------
 
 
 class Run:
@@ -248,18 +402,19 @@ class Run:
     def __init__(self, stage: str, cfg: Settings):
         self.stage, self.cfg, self.folder = stage, cfg, Path(cfg.out)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device(cfg.device)
-        self.dtype = pick_precision(cfg.precision, self.device)
+        self.device = model.pick_device(cfg.device)
+        self.dtype = model.pick_precision(cfg.precision, self.device)
         self.signal = 0
         self.training = False  # in the loop
         self.bar = None  # the rich.progress.Progress that is on the screen
+        # run.json: stage, config, versions, model, data, trainable, before, seconds, after, metrics, best, finished
         self.about: dict = {}
         # words wrap in a window, and nothing does in a pipe; names and replies are text, brackets or not
         terminal = sys.stdout.isatty()
         self.console = Console(soft_wrap=not terminal, width=None if terminal else 200, markup=False, emoji=False)
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def __enter__(self) -> Run:
@@ -283,12 +438,12 @@ class Run:
                 timeout=timedelta(hours=2))  # the others wait while rank 0 answers prompts and checks
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / ".lock", timeout=0)
-        if self.main:
+        if self.is_main:
             try:
                 self.lock.acquire()
             except Timeout:
-                raise Busy(f"{self.folder} is in use by another process.\n"
-                           "Wait for it, or give another folder: --out") from None
+                raise BlockingIOError(f"{self.folder} is in use by another process.\n"
+                                      "Wait for it, or give another folder: --out") from None
         self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -305,7 +460,7 @@ class Run:
                 os.write(1, b"\x1b[?25h")  # the progress bar had hidden the cursor
             os._exit(128 + number)
         self.signal = number
-        if self.main and not self.bar:  # which says it itself
+        if self.is_main and not self.bar:  # which says it itself
             with contextlib.suppress(OSError):  # not print: that may be what the signal interrupted
                 os.write(2, f"\n{self.stopping}\n".encode())
 
@@ -315,16 +470,32 @@ class Run:
         return (f"{signal.Signals(self.signal).name}: stopping as soon as a checkpoint is saved (again to stop at once)"
                 if self.signal else "")
 
+    @contextlib.contextmanager
+    def stoppable(self, log: Log, state: State, save):
+        """The loop, from which a signal leaves with a checkpoint of the last whole step; so does a lack of memory."""
+        self.training = True
+        try:
+            yield
+        except (Interrupted, MemoryError) as stop:
+            log.close()  # the bar ends above what is said now
+            if isinstance(stop, Interrupted) or self.world == 1:
+                save()
+            if isinstance(stop, Interrupted):
+                self.say(f"stopped after step {state.step} of {self.cfg.steps}; run the same command again to go on")
+            raise stop from None
+        finally:
+            self.training = False
+
     def stop_point(self, together: bool = True) -> None:
         """Raise Interrupted if a signal has come; several processes decide together, or not at all."""
         if self.world > 1:
             if not together:
                 return
-            self.signal = int(self.total(torch.tensor(float(self.signal)), "MAX"))
+            self.signal = int(self.reduce(torch.tensor(float(self.signal)), "MAX"))
         if self.signal:
             raise Interrupted(self.signal)
 
-    def total(self, value: torch.Tensor, how: str = "SUM") -> torch.Tensor:
+    def reduce(self, value: torch.Tensor, how: str = "SUM") -> torch.Tensor:
         """The sum (or MAX) of a small tensor over all processes, in fp64 on the CPU."""
         value = value.detach().to("cpu", torch.float64)
         if self.world > 1:
@@ -342,12 +513,12 @@ class Run:
     def note(self, **facts) -> None:
         """Write down in run.json what is now known of the run."""
         self.about |= facts
-        if self.main:
+        if self.is_main:
             with writing(self.folder / "run.json"):
                 write_file(self.folder / "run.json", json.dumps(self.about, indent=1))
 
     def say(self, text: str = "") -> None:
-        if self.main:
+        if self.is_main:
             self.console.print(text, markup=False, highlight=False)
 
     def autocast(self):
@@ -355,32 +526,22 @@ class Run:
 
     def load(self, spec: str) -> model.GPT:
         """The model to train, on the device, with fresh adapters if the run has any."""
-        cfg, folder = self.cfg, Path(find_model(spec))
-        if spec not in model.SIZES and not folder.is_dir():
-            make = "uv run sample/make.py" if spec == "sample" else f"uv run sft.py --out {spec}"
-            near = difflib.get_close_matches(spec, ["sample", *model.SIZES], n=1)
-            meant = f"Did you mean {near[0]}? " if near else ""
-            raise FileNotFoundError(f"no model at '{folder}' (in {Path.cwd()}).\n{meant}To make one: {make}\n"
-                                    f"Or give --model sample, {', '.join(model.SIZES)}, or the folder of a model.")
-        if folder.is_dir() and (folder / ".lock").exists() and not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"'{folder}' holds a run that is not finished, and so no model yet.\n"
-                                    "Run its command again: it goes on from the newest checkpoint.\n"
-                                    f"Or give --model sample, {', '.join(model.SIZES)}, or the folder of a model.")
+        cfg, folder = self.cfg, model.find_model(spec)
         if folder.resolve() == self.folder.resolve():
             raise ValueError(f"--out {cfg.out} would replace --model {spec}, which the run needs to its end.\n"
                              "Give another folder: --out")
         self.say(f"loading {spec} ...")
-        gpt = model.GPT.from_pretrained(find_model(spec))
+        gpt = model.read_model(folder)
         if (words := gpt.config.vocab_size) <= data.EOT:
             raise ValueError(f"{spec} knows {words:,} words: it has another tokenizer than GPT-2's of {data.EOT + 1:,}")
         if cfg.context > gpt.config.n_positions:
             raise ValueError(f"--context {cfg.context} is more than the {gpt.config.n_positions} positions of {spec}")
         self.about["model"] = {"name": spec, "parameters": sum(p.numel() for p in gpt.parameters()),
-                               "sha256": fingerprint(gpt.state_dict())}
+                               "sha256": weights_sha256(gpt.state_dict())}
         if cfg.lora_rank:
             torch.manual_seed(cfg.seed)
             lora.add_adapters(gpt, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.rslora, cfg.lora_targets)
-            gpt.share_equal_rows()
+            model.share_equal_rows(gpt)
             if self.dtype == torch.bfloat16 and not cfg.fsdp:  # autocast would cast the frozen weights in every step
                 for layer in lora.adapters(gpt).values():
                     layer.base.to(self.dtype)
@@ -388,13 +549,28 @@ class Run:
         return gpt.to(self.device)
 
 
-def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
+class Interrupted(SystemExit):
+    """A signal asked the run to stop; `code` is the conventional exit code."""
+
+    def __init__(self, signum: int):
+        super().__init__(128 + signum)
+
+
+def weights_sha256(tensors: dict[str, torch.Tensor]) -> str:
     """sha256 of names and values: a run that is resumed must start from the same model."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+
+
+# ---- several processes ---------------------------------------------------------------------------
 
 
 def parallelise(gpt: model.GPT, loss_fn, cfg: Settings, run: Run):
@@ -435,282 +611,25 @@ def synchronised(loss, last: bool):
     return loss.no_sync() if waits else contextlib.nullcontext()
 
 
-# ---- optimiser and schedule ----------------------------------------------------------------------
+def whole_weights(gpt: model.GPT, run: Run, frozen: bool = True) -> dict[str, torch.Tensor]:
+    """The model's weights in one piece on rank 0, however they are spread; without `frozen`, those that learn."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    weights = get_model_state_dict(gpt, options=_state_options(ignore_frozen_params=not frozen))
+    return {name: w.detach().contiguous() for name, w in weights.items()}
 
 
-def make_optimizer(gpt: model.GPT, cfg: Settings) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, since a bias or a norm's gain near zero is not simpler."""
-    params = [p for p in gpt.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
-
-
-def gradient_norm(grads: list[torch.Tensor], run: Run) -> float:
-    """The norm of all gradients together, and of all shards of them.
-
-    Row by row: torch's norm of a matrix is one long fp32 sum on a CPU, and 0.3 % too small for GPT-2's embedding.
-    """
-    shards = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
-    squares = sum(torch.linalg.vector_norm(shard, dim=-1).square().sum() for shard in shards)
-    return math.sqrt(run.total(torch.as_tensor(squares)) if shards and shards[0] is not grads[0] else squares)
-
-
-def learning_rate(step: int, cfg: Settings) -> float:
-    """Linear warm-up, then half a cosine from lr down to final_lr * lr; `step` counts from 0."""
-    warmup = max(1, round(cfg.warmup * cfg.steps))
-    if step < warmup:
-        return cfg.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, cfg.steps - warmup)
-    return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * done)) / 2)
-
-
-def seed_at(*position: int) -> int:
-    """A seed that depends on a position and on nothing before it."""
-    return int.from_bytes(hashlib.sha256(repr(position).encode()).digest()[:8], "little") >> 1
-
-
-def memory_estimate(gpt: model.GPT, cfg: Settings, run: Run) -> int:
-    """Bytes at the peak of a step: weights, gradients, AdamW's two moments, activations, one block of logits."""
-    c = gpt.config
-    learning = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for p in gpt.parameters())
-    width = 4 if run.dtype == torch.float32 else 2
-    if run.dtype != torch.float32 and not cfg.lora_rank:
-        weights += sum(p.numel() for p in gpt.parameters()) * width  # autocast's copies
-    # kept for the backward pass, in widths of the model: inputs and outputs of two norms, q k v, attention's output,
-    # the MLP's 4C before and after GELU, the residual stream, and what the adapters read
-    per_token = (19 * width + 4) * c.n_embd + (c.n_layer - 1) * c.n_embd * (4 if cfg.recompute else 19 * width + 8)
-    tokens = max(cfg.micro_batch_tokens, cfg.context)
-    if run.device.type == "mps":  # its fused attention is for inference: in training, the weights of each pair are kept
-        per_token += c.n_head * cfg.context * width * (1 if cfg.recompute else c.n_layer)
-    block = 3 * tokens * model.LogProbs.BLOCK * 4  # logits as they come, as fp32, and what the next product reads
-    head = 0
-    if not cfg.lora_rank:  # it learns: its gradient before and after it is scaled, and logits in two precisions
-        block = max(block, 2 * min(tokens, model.TotalLogProb.ROWS) * c.vocab_size * 4)
-        head = 2 * c.vocab_size * c.n_embd * 4
-    sharded = (weights + 12 * learning) / (run.world if cfg.fsdp else 1)
-    return int(sharded + tokens * per_token + block + head)
-
-
-def memory_free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        available = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")]
-        return int(available[0].split()[1]) * 1024
-    except (OSError, IndexError):  # no Linux: what is installed, for want of what is free
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-
-
-def peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    except ImportError:  # Windows
-        return 0
-
-
-# ---- run folder and checkpoints ------------------------------------------------------------------
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync a folder, so that a rename in it survives a power cut."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def sync_file(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def writing(what: Path, size: int = 0):
-    """Turn the disk's trouble inside into an OSError that names what could not be written, bytes needed and free."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(next(p for p in what.absolute().parents if p.exists())).free
-        raise OSError(getattr(error, "errno", None) or errno.EIO,
-                      f"{what} could not be written: {getattr(error, 'strerror', None) or error}\n"
-                      + (f"It needs {size:,} bytes; " if size else "") + f"{free:,} bytes are free. "
-                      "Earlier checkpoints are untouched.\n"
-                      "Make room, then run the same command again: it goes on from the newest checkpoint.") from None
-
-
-@contextlib.contextmanager
-def whole_file(path: Path):
-    """All of a file or nothing: gives a temporary name to write to, which goes to the disk and is then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        sync_file(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def write_file(path: Path, text: str) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
-
-
-@dataclass
-class State:
-    """What the loop remembers besides weights and optimiser; all of it is in a checkpoint."""
-
-    step: int = 0  # optimiser steps done
-    tokens: int = 0  # tokens trained on
-    seconds: float = 0.0  # that the loop took for it, over all resumptions
-    budget: int = 0  # micro-batch tokens, halved when memory ran out
-    record: dict = field(default_factory=dict)  # what the step measured; it is logged after the step's evaluation
-
-
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    return sorted((folder / "checkpoints").glob("step-[0-9]*"), reverse=True)
-
-
-def verify_checkpoint(folder: Path) -> str:
-    """Why a checkpoint cannot be trusted, or "" if every file is as its manifest says."""
-    name = "manifest.json"
-    try:
-        text = (folder / name).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        if text != sealed(manifest):
-            return f"{name} is damaged (its sha256 differs)"
-        for name, about in manifest["files"].items():
-            size = (folder / name).stat().st_size
-            if size != about["size"]:
-                return f"{name} has {size} bytes instead of {about['size']}"
-            if sha256(folder / name) != about["sha256"]:
-                return f"{name} is damaged (its sha256 differs)"
-    except FileNotFoundError:
-        return f"{name} is missing"
-    except OSError as error:
-        return f"{name} cannot be read: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{name} is damaged"
-    return ""
-
-
-def sealed(about: dict) -> str:
-    """The text of a manifest, which ends with the sha256 of what is before that."""
-    about = {key: value for key, value in about.items() if key != "sha256"}
-    return json.dumps(about | {"sha256": hashlib.sha256(json.dumps(about).encode()).hexdigest()}, indent=1)
-
-
-def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run: Run) -> None:
-    """Write checkpoints/step-NNNNNNNN so that at every moment a whole one exists: this or the one before.
-
-    Into a temporary folder, everything to the disk, the manifest with sizes and sha256 last, then one rename. Older
-    ones go only after the new one has been read back. Raises OSError with the bytes needed and free.
-    """
-    from safetensors.torch import save_file
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    weights = whole_weights(gpt, run, frozen=False)
-    moments = get_optimizer_state_dict(gpt, optimizer, options=_state_options())
-    if not run.main:
-        return
-    tensors = {f"{name}.{kind}": moment.contiguous()
-               for name, kinds in moments["state"].items() for kind, moment in kinds.items()}
-    folder = run.folder / "checkpoints" / f"step-{state.step:08d}"
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    if folder.is_dir():
-        if not verify_checkpoint(folder):
-            return
-        shutil.rmtree(folder)
-    with writing(folder, sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values()))):
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            save_file(weights, temporary / "model.safetensors")
-            save_file(tensors, temporary / "optimizer.safetensors")
-            rest = {"state": asdict(state), "param_groups": moments["param_groups"]}
-            write_file(temporary / "state.json", json.dumps(rest))
-            files = {}
-            for path in sorted(temporary.iterdir()):
-                sync_file(path)
-                files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-            write_file(temporary / "manifest.json",
-                       sealed({"files": files, "config": asdict(cfg), "versions": versions(run.device)}))
-            sync_file(run.folder / "metrics.jsonl")  # whose lines before this step are not written again
-            os.replace(temporary, folder)
-            sync_folder(folder.parent)
-            if why := verify_checkpoint(folder):
-                raise OSError(errno.EIO, f"read back, {why}")
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    with contextlib.suppress(OSError):  # the next save tries again
-        _prune_checkpoints(run.folder, cfg.keep)
-
-
-def _prune_checkpoints(folder: Path, keep: int) -> None:
-    """Keep the newest and the one with the lowest validation loss."""
-    losses = {f"step-{r['step']:08d}": r["val_loss"] for r in read_metrics(folder) if "val_loss" in r}
-    best = min((p for p in checkpoint_folders(folder) if p.name in losses), key=lambda p: losses[p.name], default=None)
-    for path in checkpoint_folders(folder)[keep:]:
-        if path != best:
-            # renamed first: a half-deleted folder must not look like a checkpoint
-            doomed = path.with_name(f".{path.name}.old")
-            os.replace(path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-
-
-def load_checkpoint(gpt: model.GPT, optimizer, run: Run) -> State | None:
-    """Go on from the newest checkpoint that verifies; says which were skipped and why. None if there is none."""
-    from safetensors.torch import load_file
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    weights, moments, state = {}, {}, None
-    if run.main:  # the others get it from rank 0, which has the run's folder
-        for leftover in (run.folder / "checkpoints").glob(".step-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for folder in checkpoint_folders(run.folder):
-            if why := verify_checkpoint(folder):
-                run.say(f"skipped {folder}: {why}")
-                continue
-            saved = json.loads((folder / "state.json").read_text())
-            weights, state = load_file(folder / "model.safetensors"), State(**saved["state"])
-            moments = {"state": defaultdict(dict), "param_groups": saved["param_groups"]}
-            for key, moment in load_file(folder / "optimizer.safetensors").items():
-                name, _, kind = key.rpartition(".")
-                moments["state"][name][kind] = moment
-            run.say(f"resumed {folder}")
-            break
-    if state := run.shared(state):
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=run.world > 1, strict=False,
-                                   ignore_frozen_params=True)
-        set_model_state_dict(gpt, weights, options=options)
-        set_optimizer_state_dict(gpt, optimizer, moments, options=options)
-    return state
+def whole_model(gpt: model.GPT, run: Run) -> model.GPT:
+    """On rank 0, a model that can answer on its own: the one in training, or under FSDP a merged copy of it."""
+    if not any(hasattr(part, "unshard") for part in gpt.modules()):  # which FSDP2 adds
+        return gpt
+    weights = whole_weights(gpt, run)
+    if not run.is_main:
+        return gpt  # which is never asked: rank 0 alone answers
+    with torch.device("meta"):
+        copy = model.GPT(gpt.config)
+    copy.load_state_dict(lora.merged_weights(gpt, weights), assign=True)
+    return copy.to(run.device)
 
 
 def _state_options(**more):
@@ -719,12 +638,182 @@ def _state_options(**more):
     return StateDictOptions(full_state_dict=True, cpu_offload=True, **more)
 
 
-def whole_weights(gpt: model.GPT, run: Run, frozen: bool = True) -> dict[str, torch.Tensor]:
-    """The model's weights in one piece on rank 0, however they are spread; without `frozen`, those that learn."""
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+# ---- before and after ----------------------------------------------------------------------------
 
-    weights = get_model_state_dict(gpt, options=_state_options(ignore_frozen_params=not frozen))
-    return {name: w.detach().contiguous() for name, w in weights.items()}
+
+def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
+    """Claim the folder, say what is about to happen and answer the prompts; False if the run is finished already."""
+    from rich.table import Column, Table
+
+    if not rows.train:
+        raise ValueError(f"--data {' '.join(cfg.data)}: no row is left to train on.\n"
+                         f"See what was dropped and why: {look_at(cfg)}")
+    learning = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
+    report = rows.report_json()
+    old = open_folder(run, {"data": {"sha256": rows.fingerprint, **report}, "trainable": learning})
+    if old.get("finished"):
+        run.say(f"{run.folder} is finished. Talk to it: uv run chat.py --model {run.folder}\n"
+                "To train it once more: --overwrite, or another folder: --out")
+        return False
+    about = run.about["model"]
+    loaded = sum(p.numel() * p.element_size() for p in gpt.parameters())
+    need = model.memory_estimate(gpt, max(cfg.micro_batch_tokens, cfg.context), cfg.context, run.dtype,
+                                 run.world if cfg.fsdp else 1)
+    free = model.memory_free(run.device) + loaded  # the estimate has the weights in it
+    dropped = ", ".join(f"{n:,} {why}" for why, n in report["dropped"].items())
+    facts = {
+        "model": f"{about['name']}: {about['parameters']:,} parameters, {learning:,} trained",
+        "data": f"{' '.join(cfg.data)}: {len(rows.train):,} {cfg.row_name} to train on, {len(rows.val):,} to validate"
+                + (f"; dropped: {dropped}" if dropped else ""),
+        "steps": f"{cfg.steps:,} of {cfg.batch_size} {cfg.row_name}, "
+                 f"{cfg.steps * cfg.batch_size / len(rows.train):.2g} times the data",
+        "device": f"{run.device.type}, {str(run.dtype).removeprefix('torch.')}, {run.world} "
+                  f"{'process' if run.world == 1 else 'processes'}",
+        "memory": f"about {need / 1e9:.1f} GB at the peak, {free / 1e9:.1f} GB free",
+        "folder": str(run.folder),
+    }
+    if run.is_main:
+        table = Table("", Column(overflow="fold"), show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in facts.items():
+            table.add_row(name, data.visible(value))
+        table.add_row("settings", data.visible(flags(cfg, besides=("model", "data", "out", "steps", "batch_size"))))
+        run.console.print(table)
+        if free and need > free:
+            run.say(f"This will hardly fit. Try --micro-batch-tokens {max(cfg.context, cfg.micro_batch_tokens // 2)}, "
+                    "--recompute, --lora-rank 8, or a smaller --model.")
+    if "before" not in run.about:
+        if cfg.prompts or cfg.checks:
+            run.say("answering prompts and checks before the first step ...")
+        run.note(before=assess(gpt, cfg, run))
+    if run.is_main:
+        show("before training", run.about["before"]["replies"], run)
+    return True
+
+
+def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command: str) -> dict:
+    """Export the model, answer the prompts again, draw the curves, and name the next command."""
+    export(gpt, cfg, run)
+    after = assess(gpt, cfg, run)
+    if not run.is_main:
+        return metrics
+    before, final = run.about["before"], {k: v for k, v in metrics.items() if k != "step"}
+    with writing(run.folder / "curves.png"):
+        plot_curves([run.folder], run.folder / "curves.png")
+        write_file(run.folder / "samples.md", _samples(run, before, after))
+    measured = [r for r in history(run.folder) if "val_loss" in r]
+    best = min(measured, key=lambda r: r["val_loss"], default=None)
+    run.note(after=after, metrics=final, best=best, finished=True)
+    show("after training", after["replies"], run)
+    if "checks" in after:
+        run.console.print(checks_table(before.get("checks", {}), after["checks"]))
+    run.say(f"\ntrained in {run.about['seconds']:,.0f} s, {run.about['seconds'] / cfg.steps:,.3g} s a step all told")
+    if best:
+        accuracy = f", reward accuracy {final['val_reward_accuracy']:.1%}" if "val_reward_accuracy" in final else ""
+        run.say(f"validation loss {final['val_loss']:.4f}{accuracy} (lowest: {best['val_loss']:.4f} after step "
+                f"{best['step']} of {cfg.steps})")
+    run.say(f"in {run.folder}: the model as it was after the last step, curves.png, samples.md, run.json")
+    run.say(f"next: {next_command}")
+    return metrics
+
+
+def assess(gpt: model.GPT, cfg: Settings, run: Run) -> dict:
+    """What the model answers to the run's prompts and how it does on its checks; {} on other ranks than 0."""
+    gpt = whole_model(gpt, run)
+    if not run.is_main:
+        return {}
+    found = {"replies": converse(gpt, cfg.prompts, cfg.reply_tokens)}
+    own = data.HERE / "sample" / "checks.jsonl" if cfg.data == ("sample",) else ""
+    if path := own if cfg.checks == "auto" else cfg.checks:
+        checks = data.read_checks(path)
+        replies = answer(gpt, [check.messages for check in checks], cfg.reply_tokens)
+        found["checks"] = data.tally([data.judge(check, text, ended)
+                                      for check, (text, ended) in zip(checks, replies, strict=True)])
+    return found
+
+
+def answer(gpt: model.GPT, conversations: list[data.Conversation], max_new_tokens: int) -> list[tuple[str, bool]]:
+    """The likeliest reply to each conversation, and whether it ended by itself."""
+    room = gpt.config.n_positions - min(max_new_tokens, gpt.config.n_positions // 2)
+    conversations = [data.without_oldest(c, room, reply=True) for c in conversations]
+    prompts = [data.render(c, reply=True)[0].tolist()[-room:] for c in conversations]
+    training = gpt.training
+    gpt.eval()
+    replies = model.generate_batch(gpt, prompts, max_new_tokens)
+    gpt.train(training)
+    return [(data.text_of([t for t in ids if t != data.EOT]).strip(), data.EOT in ids) for ids in replies]
+
+
+def converse(gpt: model.GPT, prompts: tuple[str, ...], max_new_tokens: int) -> list[data.Conversation]:
+    """Each prompt's turns (separated by " | ") put to the model one after another."""
+    turns = [prompt.split(" | ") for prompt in prompts]
+    talks: list[data.Conversation] = [[] for _ in prompts]
+    for turn in range(max(map(len, turns), default=0)):
+        asked = [i for i in range(len(talks)) if turn < len(turns[i])]
+        for i in asked:
+            talks[i].append({"role": "user", "content": turns[i][turn]})
+        for i, (text, _) in zip(asked, answer(gpt, [talks[i] for i in asked], max_new_tokens), strict=True):
+            talks[i].append({"role": "assistant", "content": text})
+    return talks
+
+
+def show(when: str, talks: list[data.Conversation], run: Run) -> None:
+    """What the model answers, with a heading that says when."""
+    if talks:
+        run.say("\n\n".join([f"\n{when}:", *map(data.transcript, talks)]))
+
+
+def score_cells(score: dict) -> dict[str, str]:
+    """The scores of a group of checks as they are shown, by their headings."""
+    return {"correct": f"{score['correct']:.0%}", "facts per reply": f"{score['facts']:.2f}",
+            "end by themselves": f"{score['ended']:.0%}", "words per reply": f"{score['words']:.1f}"}
+
+
+def checks_table(before: dict, after: dict):
+    """The scores of two assessments side by side, as a rich table."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="checks, before -> after", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    headings = list(score_cells(after["all"]))
+    for heading in ("group", "asked", *headings):
+        table.add_column(heading.replace("facts ", "facts\n").replace("words ", "words\n").replace("by ", "by\n"),
+                         justify="left" if heading == "group" else "right", overflow="fold")
+    for group, now in after.items():
+        cells = zip(score_cells(before.get(group, now)).values(), score_cells(now).values(), strict=True)
+        table.add_row(Text(data.visible(group)), str(now["n"]), *(f"{was} -> {is_}" for was, is_ in cells))
+    return table
+
+
+def _samples(run: Run, before: dict, after: dict) -> str:
+    parts = [f"# {run.folder}: the same prompts before and after {run.stage}\n"]
+    for title, found in (("Before", before), ("After", after)):
+        parts.append(f"## {title}\n")
+        parts += [f"```\n{data.transcript(talk)}\n```\n" for talk in found["replies"]]
+        if "checks" in found:
+            headings = ["checks", "questions", *score_cells(found["checks"]["all"])]
+            parts += [_line(headings), f"|{'---|' * len(headings)}"]
+            parts += [_line([group, score["n"], *score_cells(score).values()])
+                      for group, score in found["checks"].items()]
+            parts.append("")
+    return "\n".join(parts)
+
+
+def _line(cells) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def flags(cfg: Settings, besides: tuple[str, ...] = ()) -> str:
+    """The settings that are not the script's defaults, as one would type them."""
+    typed, defaults = [], type(cfg)()
+    for name, value in asdict(cfg).items():
+        if name not in besides and value != getattr(defaults, name):
+            typed.append(option(f"no-{name}" if value is False else name))
+            if not isinstance(value, bool):
+                typed.append(shlex.join(map(str, value if isinstance(value, tuple) else [value])))
+    return " ".join(typed) or "the defaults"
+
+
+# ---- the run folder ------------------------------------------------------------------------------
 
 
 def open_folder(run: Run, about: dict) -> dict:
@@ -735,13 +824,11 @@ def open_folder(run: Run, about: dict) -> dict:
     path, cfg = run.folder / "run.json", run.cfg
     about = {"stage": run.stage, "config": asdict(cfg), "versions": versions(run.device)} | run.about | about
     old = {}
-    if run.main:
+    if run.is_main:
         if cfg.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # not a run's own restart
-            for name in ("checkpoints", "adapter"):
-                shutil.rmtree(run.folder / name, ignore_errors=True)
-            for file in (*map(run.folder.joinpath, ("run.json", "metrics.jsonl", "model.safetensors", "config.json")),
-                         *run.folder.glob("reference-*.safetensors")):
-                file.unlink(missing_ok=True)
+            names = ("checkpoints", "adapter", "run.json", "metrics.jsonl", "model.safetensors", "config.json")
+            for old_file in (*map(run.folder.joinpath, names), *run.folder.glob("reference-*.safetensors")):
+                remove(old_file)
         begun = checkpoint_folders(run.folder) or (run.folder / "model.safetensors").is_file()
         if path.is_file():
             try:
@@ -781,41 +868,178 @@ def _short(value) -> str:
 def export(gpt: model.GPT, cfg: Settings, run: Run) -> None:
     """Leave the finished model as a folder that transformers and PEFT open as it is."""
     weights = whole_weights(gpt, run)
-    if not run.main:
+    if not run.is_main:
         return
     if any(layer.base.weight.dtype != torch.float32 for layer in lora.adapters(gpt).values()):  # for training only
-        exact = model.GPT.from_pretrained(find_model(cfg.model)).state_dict()
-        if fingerprint(exact) != run.about["model"]["sha256"]:
+        exact = model.GPT.from_pretrained(cfg.model).state_dict()
+        if weights_sha256(exact) != run.about["model"]["sha256"]:
             raise ValueError(f"--model {cfg.model} has other weights now than when this run began, which needs them.\n"
                              "Put them back, then run the same command again: all steps are in the checkpoint.")
         weights |= {f"{name}.base.{part}": exact[f"{name}.{part}"]
                     for name in lora.adapters(gpt) for part in ("weight", "bias")}
     temporary = run.folder / ".export.tmp"
     with writing(run.folder / "model.safetensors", 4 * run.about["model"]["parameters"]):
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         gpt.save_pretrained(temporary, lora.merged_weights(gpt, weights))
-        data.save_tokenizer(temporary)
+        data.save_tokenizer(temporary, gpt.config.n_positions)
         if cfg.lora_rank:
-            base = find_model(cfg.model)
-            lora.save_adapters(gpt, temporary / "adapter", os.path.abspath(base) if os.path.isdir(base) else base,
-                               weights)
-            shutil.rmtree(run.folder / "adapter", ignore_errors=True)
+            lora.save_adapters(gpt, temporary / "adapter", str(model.find_model(cfg.model).absolute()), weights)
+            remove(run.folder / "adapter")
         for path in sorted(temporary.iterdir()):
             for file in path.rglob("*") if path.is_dir() else [path]:
-                sync_file(file)
+                sync(file)
             os.replace(path, run.folder / path.name)
-        temporary.rmdir()
-        sync_folder(run.folder)
+        remove(temporary)
+        sync(run.folder)
 
 
-# ---- log -----------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run: Run) -> None:
+    """Write checkpoints/step-NNNNNNNN so that at every moment a whole one exists: this or the one before.
+
+    Into a temporary folder, everything to the disk, the manifest with sizes and sha256 last, then one rename. Older
+    ones go only after the new one has been read back. Raises OSError with the bytes needed and free.
+    """
+    from safetensors.torch import save_file
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, moments = get_state_dict(gpt, optimizer, options=_state_options(ignore_frozen_params=True))
+    if not run.is_main:
+        return
+    weights = {name: w.detach().contiguous() for name, w in weights.items()}
+    tensors = {f"{name}.{kind}": moment.contiguous()
+               for name, kinds in moments["state"].items() for kind, moment in kinds.items()}
+    folder = run.folder / "checkpoints" / f"step-{state.step:08d}"
+    if folder.is_dir():
+        if not verify_checkpoint(folder):
+            return
+        remove(folder)
+    with writing(folder, sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values()))):
+        with written_whole(folder) as temporary:
+            temporary.mkdir(parents=True)
+            save_file(weights, temporary / "model.safetensors")
+            save_file(tensors, temporary / "optimizer.safetensors")
+            rest = {"state": asdict(state), "param_groups": moments["param_groups"]}
+            (temporary / "state.json").write_text(json.dumps(rest), encoding="utf-8")
+            files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
+                     for path in sorted(temporary.iterdir())}
+            (temporary / "manifest.json").write_text(
+                sealed({"files": files, "config": asdict(cfg), "versions": versions(run.device)}), encoding="utf-8")
+            sync(run.folder / "metrics.jsonl")  # whose lines before this step are not written again
+        if why := verify_checkpoint(folder):
+            raise OSError(errno.EIO, f"read back, {why}")
+    with contextlib.suppress(OSError):  # the next save tries again
+        _prune_checkpoints(run.folder, cfg.keep)
+
+
+def load_checkpoint(gpt: model.GPT, optimizer, run: Run) -> State | None:
+    """Go on from the newest checkpoint that verifies; says which were skipped and why. None if there is none."""
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    weights, moments, state = {}, {}, None
+    if run.is_main:  # the others get it from rank 0, which has the run's folder
+        for leftover in (run.folder / "checkpoints").glob(".step-*"):
+            remove(leftover)
+        for folder in checkpoint_folders(run.folder):
+            if why := verify_checkpoint(folder):
+                run.say(f"skipped {folder}: {why}")
+                continue
+            saved = json.loads((folder / "state.json").read_text())
+            weights, state = load_file(folder / "model.safetensors"), State(**saved["state"])
+            moments = {"state": defaultdict(dict), "param_groups": saved["param_groups"]}
+            for key, moment in load_file(folder / "optimizer.safetensors").items():
+                name, _, kind = key.rpartition(".")
+                moments["state"][name][kind] = moment
+            run.say(f"resumed {folder}")
+            break
+    if state := run.shared(state):
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=run.world > 1, strict=False,
+                                   ignore_frozen_params=True)
+        set_state_dict(gpt, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
+    return state
+
+
+def verify_checkpoint(folder: Path) -> str:
+    """Why a checkpoint cannot be trusted, or "" if every file is as its manifest says."""
+    name = "manifest.json"
+    try:
+        text = (folder / name).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if text != sealed(manifest):
+            return f"{name} is damaged (its sha256 differs)"
+        for name, about in manifest["files"].items():
+            size = (folder / name).stat().st_size
+            if size != about["size"]:
+                return f"{name} has {size} bytes instead of {about['size']}"
+            if sha256(folder / name) != about["sha256"]:
+                return f"{name} is damaged (its sha256 differs)"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{name} is damaged"
+    return ""
+
+
+def sealed(about: dict) -> str:
+    """The text of a manifest, which ends with the sha256 of what is before that."""
+    about = {key: value for key, value in about.items() if key != "sha256"}
+    return json.dumps(about | {"sha256": hashlib.sha256(json.dumps(about).encode()).hexdigest()}, indent=1)
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted((folder / "checkpoints").glob("step-[0-9]*"), reverse=True)
+
+
+def _prune_checkpoints(folder: Path, keep: int) -> None:
+    """Keep the newest and the one with the lowest validation loss."""
+    losses = {f"step-{r['step']:08d}": r["val_loss"] for r in read_metrics(folder) if "val_loss" in r}
+    best = min((p for p in checkpoint_folders(folder) if p.name in losses), key=lambda p: losses[p.name], default=None)
+    for path in checkpoint_folders(folder)[keep:]:
+        if path != best:
+            # renamed first: a half-deleted folder must not look like a checkpoint
+            doomed = path.with_name(f".{path.name}.old")
+            os.replace(path, doomed)
+            remove(doomed)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(what: Path, size: int = 0):
+    """Turn the disk's trouble inside into an OSError that names what could not be written, bytes needed and free."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(next(p for p in what.absolute().parents if p.exists())).free
+        raise OSError(getattr(error, "errno", None) or errno.EIO,
+                      f"{what} could not be written: {getattr(error, 'strerror', None) or error}\n"
+                      + (f"It needs {size:,} bytes; " if size else "") + f"{free:,} bytes are free. "
+                      "Earlier checkpoints are untouched.\n"
+                      "Make room, then run the same command again: it goes on from the newest checkpoint.") from None
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- log and curves ------------------------------------------------------------------------------
 
 
 class Log:
     """metrics.jsonl, the progress on screen, and a tracker if one was asked for."""
 
     def __init__(self, run: Run, state: State):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.table import Column
         from rich.text import Text
 
@@ -824,15 +1048,15 @@ class Log:
                 return Text(run.stopping or task.description)
 
         self.run, self.path, self.latest = run, run.folder / "metrics.jsonl", {}
-        if run.main:  # the line of the checkpoint's step and those after it will be written again
+        if run.is_main:  # the line of the checkpoint's step and those after it will be written again
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
             records = (_parsed(line) for line in lines)
             write_file(self.path, "".join(json.dumps(r) + "\n" for r in records if r and r["step"] < state.step))
             self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self.tracker = _tracker(run) if run.main else None
-        if run.main and run.console.is_interactive and sys.stdout.isatty():
+        self.tracker = _tracker(run) if run.is_main else None
+        if run.is_main and run.console.is_interactive and sys.stdout.isatty():
             whole, folded = Column(no_wrap=True), Column(overflow="fold")
-            run.bar = Progress(TextColumn("step", table_column=whole), MofNCompleteColumn(table_column=whole),
+            run.bar = Progress(TextColumn("step {task.completed}/{task.total}", table_column=whole),
                                BarColumn(bar_width=8), TimeRemainingColumn(compact=True, table_column=whole),
                                Latest("", table_column=folded), console=run.console,
                                speed_estimate_period=3600)  # a step may take a minute
@@ -840,7 +1064,7 @@ class Log:
             run.bar.start()
 
     def write(self, record: dict) -> None:
-        if not self.run.main:
+        if not self.run.is_main:
             return
         with writing(self.path):
             self.file.write(json.dumps(record) + "\n")
@@ -857,45 +1081,19 @@ class Log:
         if self.run.bar:
             self.run.bar.update(self.task, completed=step)
 
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
     def close(self) -> None:
         if self.run.bar:
             self.run.bar.stop()
             self.run.bar = None
-        if self.run.main:
+        if self.run.is_main:
             with contextlib.suppress(OSError):  # of a full disk, which has been reported
                 self.file.close()
-
-
-def _parsed(line: str) -> dict | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None  # the last line of a run that was killed while writing it
-    return record if isinstance(record, dict) and "step" in record else None
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    path = Path(folder) / "metrics.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"'{folder}' is not a run: it has no metrics.jsonl.\nFinish one first: uv run sft.py")
-    return [r for r in map(_parsed, path.read_text(encoding="utf-8").splitlines()) if r]
-
-
-def read_about(folder: Path) -> dict:
-    """A run's run.json; {} if it has none."""
-    path = Path(folder) / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def start_of(folder: Path) -> dict:
-    """What was measured before the first step, as a record of step 0."""
-    before = read_about(folder).get("before", {})
-    return {"step": 0} | {key: value for key, value in before.items() if key.startswith("val_")}
-
-
-def history(folder: Path) -> list[dict]:
-    """All that was measured of a run, step 0 included."""
-    return [start_of(folder), *read_metrics(folder)]
 
 
 def summary(record: dict) -> str:
@@ -909,7 +1107,7 @@ def summary(record: dict) -> str:
     if "lr" in record:
         speed = (f"{record['pairs_per_second']:.1f} pairs/s" if "pairs_per_second" in record
                  else f"{record['tokens_per_second']:,.0f} tok/s")
-        parts.append(f"lr {record['lr']:.1e}  {speed}  pad {record['padding']:.0%}")
+        parts.append(f"lr {record['lr']:.1e}  {speed}")
     return "  ".join(parts)
 
 
@@ -928,6 +1126,34 @@ def _tracker(run: Run):
         raise ValueError(f"--tracker {name} needs a package that is not installed: uv sync --extra {name}") from None
     tracker.init(project="gpt2-chat", name=run.folder.name, config=asdict(run.cfg))
     return lambda r: tracker.log({k: v for k, v in r.items() if k != "step"}, step=r["step"])
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"'{folder}' is not a run: it has no metrics.jsonl.\nFinish one first: uv run sft.py")
+    return [r for r in map(_parsed, path.read_text(encoding="utf-8").splitlines()) if r]
+
+
+def _parsed(line: str) -> dict | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None  # the last line of a run that was killed while writing it
+    return record if isinstance(record, dict) and "step" in record else None
+
+
+def read_about(folder: Path) -> dict:
+    """A run's run.json; {} if it has none."""
+    path = Path(folder) / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def history(folder: Path) -> list[dict]:
+    """All that was measured of a run; what was before the first step is a record of step 0."""
+    before = read_about(folder).get("before", {})
+    start = {"step": 0} | {key: value for key, value in before.items() if key.startswith("val_")}
+    return [start, *read_metrics(folder)]
 
 
 PANELS = [("loss", ("loss", "val_loss"), "nats"), ("learning rate", ("lr",), "rate"),
@@ -977,401 +1203,7 @@ def plot_curves(folders: list[Path], path: Path) -> None:
     pyplot.close(figure)
 
 
-# ---- replies and checks --------------------------------------------------------------------------
-
-
-def answer(gpt: model.GPT, conversations: list[data.Conversation], max_new_tokens: int) -> list[tuple[str, bool]]:
-    """The likeliest reply to each conversation, and whether it ended by itself."""
-    room = gpt.config.n_positions - min(max_new_tokens, gpt.config.n_positions // 2)
-    conversations = [data.without_oldest(c, room, reply=True) for c in conversations]
-    prompts = [data.render(c, reply=True)[0].tolist()[-room:] for c in conversations]
-    training = gpt.training
-    gpt.eval()
-    replies = model.generate_batch(gpt, prompts, max_new_tokens)
-    gpt.train(training)
-    return [(data.text_of([t for t in ids if t != data.EOT]).strip(), data.EOT in ids) for ids in replies]
-
-
-def converse(gpt: model.GPT, prompts: tuple[str, ...], max_new_tokens: int) -> list[data.Conversation]:
-    """Each prompt's turns (separated by " | ") put to the model one after another."""
-    turns = [prompt.split(" | ") for prompt in prompts]
-    talks: list[data.Conversation] = [[] for _ in prompts]
-    for turn in range(max(map(len, turns), default=0)):
-        asked = [i for i in range(len(talks)) if turn < len(turns[i])]
-        for i in asked:
-            talks[i].append({"role": "user", "content": turns[i][turn]})
-        for i, (text, _) in zip(asked, answer(gpt, [talks[i] for i in asked], max_new_tokens), strict=True):
-            talks[i].append({"role": "assistant", "content": text})
-    return talks
-
-
-def whole_model(gpt: model.GPT, run: Run) -> model.GPT:
-    """On rank 0, a model that can answer on its own: the one in training, or under FSDP a merged copy of it."""
-    if not any(hasattr(part, "unshard") for part in gpt.modules()):  # which FSDP2 adds
-        return gpt
-    weights = whole_weights(gpt, run)
-    if not run.main:
-        return gpt  # which is never asked: rank 0 alone answers
-    with torch.device("meta"):
-        copy = model.GPT(gpt.config)
-    copy.load_state_dict(lora.merged_weights(gpt, weights), assign=True)
-    return copy.to(run.device)
-
-
-def assess(gpt: model.GPT, cfg: Settings, run: Run) -> dict:
-    """What the model answers to the run's prompts and how it does on its checks; {} on other ranks than 0."""
-    gpt = whole_model(gpt, run)
-    if not run.main:
-        return {}
-    found = {"replies": converse(gpt, cfg.prompts, cfg.reply_tokens)}
-    own = SAMPLE / "checks.jsonl" if cfg.data == ("sample",) else ""
-    if path := own if cfg.checks == "auto" else cfg.checks:
-        checks = data.read_checks(path)
-        replies = answer(gpt, [check.messages for check in checks], cfg.reply_tokens)
-        found["checks"] = data.tally([data.judge(check, text, ended)
-                                      for check, (text, ended) in zip(checks, replies, strict=True)])
-    return found
-
-
-def checks_table(before: dict, after: dict):
-    """The scores of two assessments side by side, as a rich table."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="checks, before -> after", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("group", "asked", "correct", "facts\nper reply", "end by\nthemselves", "words\nper reply"):
-        table.add_column(column, justify="left" if column == "group" else "right", overflow="fold")
-    for group, now in after.items():
-        was = before.get(group, now)
-        table.add_row(Text(data.visible(group)), str(now["n"]), f"{was['correct']:.0%} -> {now['correct']:.0%}",
-                      f"{was['facts']:.2f} -> {now['facts']:.2f}", f"{was['ended']:.0%} -> {now['ended']:.0%}",
-                      f"{was['words']:.1f} -> {now['words']:.1f}")
-    return table
-
-
-# ---- evaluate, train -----------------------------------------------------------------------------
-
-
-class Sums:
-    """Loss, count and metric sums, added up over micro-batches and then over processes; divided once."""
-
-    def __init__(self):
-        self.values: dict[str, torch.Tensor] = {}
-
-    def add(self, loss, count, metrics: dict) -> None:
-        for key, value in {"loss": loss, "count": count, **metrics}.items():
-            wide = torch.float32 if value.device.type == "mps" else torch.float64  # MPS has no fp64
-            self.values[key] = self.values.get(key, 0.0) + value.detach().to(wide)
-
-    def total(self, run: Run) -> dict[str, float]:
-        keys = list(self.values)
-        return dict(zip(keys, run.total(torch.stack([self.values[k].cpu() for k in keys])).tolist(), strict=True))
-
-
-def means(totals: dict[str, float]) -> dict[str, float]:
-    count = max(totals["count"], 1.0)
-    return {key: value / count for key, value in totals.items() if key not in ("count", "row_tokens")}
-
-
-def without_targets(batch: data.Batch) -> data.Batch:
-    """The batch with nothing to learn from: what a process computes while others are busy with more."""
-    return replace(batch, index=batch.index[:0], targets=batch.targets[:0], span=batch.span[:0],
-                   rows=batch.rows[:0], pairs=batch.pairs[:0], row_tokens=0)
-
-
-def step_batches(rows: data.Data, cfg: Settings, run: Run):
-    """batches(step, budget): this process's micro-batches of a step, which depends on (seed, step) alone."""
-
-    order = data.Order(rows.train, cfg.batch_size, cfg.seed)
-
-    def batches(step: int, budget: int) -> list[data.Batch]:
-        return _share(rows.train, order(step), budget, cfg, run)
-
-    return batches
-
-
-def _share(rows: list, indices, budget: int, cfg: Settings, run: Run) -> list[data.Batch]:
-    """This process's micro-batches: one at least, and under FSDP, whose gathers are collective, as many as any has."""
-    groups = data.groups(rows, indices, budget)
-    shares = {rank: data.fill(rows, groups[rank::run.world], budget)
-              for rank in (range(run.world) if cfg.fsdp else [run.rank])}
-    missing = max(1, *map(len, shares.values())) - len(shares[run.rank])
-    return shares[run.rank] + [without_targets(data.pack(rows, groups[-1][1][:1]))] * missing
-
-
-def validation_batches(rows: data.Data, cfg: Settings, run: Run) -> list[data.Batch]:
-    """This process's share of the validation rows, which are numbered on from the training rows."""
-    first, count = len(rows.train), min(len(rows.val), cfg.val_rows)
-    if not count:
-        return []
-    chosen = first + data.Order(rows.val, count, cfg.seed)(step=0)
-    return _share(rows.train + rows.val, chosen, cfg.micro_batch_tokens, cfg, run)
-
-
-def evaluate(loss, batches: list[data.Batch], run: Run) -> dict[str, float]:
-    """Mean loss and metrics over all batches and processes: total / count, so that perplexity is exp(loss).
-
-    `loss` is a module from `parallelise`.
-    """
-    if not batches:
-        return {}
-    sums, loss = Sums(), getattr(loss, "module", loss)  # DDP has nothing to synchronise here
-    loss.eval()
-    with torch.no_grad(), run.autocast():
-        for batch in batches:
-            sums.add(*loss(to_device(batch, run.device)))
-            run.stop_point(together=False)
-    loss.train()
-    return means(sums.total(run))
-
-
-def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch], cfg: Settings, run: Run) -> dict:
-    """Train in place, from the newest checkpoint of the run's folder if there is one; returns the last metrics.
-
-    train_batches(step, token_budget) gives the micro-batches of a step, val_batches are always the same.
-    Raises FloatingPointError before a step whose loss or gradient is not finite.
-    """
-    loss = parallelise(gpt, loss_fn, cfg, run)
-    optimizer = make_optimizer(gpt, cfg)
-    state = load_checkpoint(gpt, optimizer, run) or State(budget=cfg.micro_batch_tokens)
-    if run.world > 1:  # rows are dealt out by the budget, and DPO knows the reference of those dealt by this one
-        state.budget = cfg.micro_batch_tokens
-    gpt.train()
-    log = Log(run, state)
-    saved, began = state.step, time.perf_counter() - state.seconds
-    run.training = True
-    try:
-        while True:  # a step is saved, then evaluated and logged: a run that is resumed begins with the latter
-            due = state.step in (0, cfg.steps) or (cfg.eval_every and state.step % cfg.eval_every == 0)
-            measured = _prefixed(evaluate(loss, val_batches, run)) if due else {}
-            if not math.isfinite(measured.get("val_loss", 0.0)):
-                raise FloatingPointError(
-                    f"the validation loss after step {state.step} is {measured['val_loss']:g}.\n"
-                    + (_advice(cfg) if state.step else f"The weights of {cfg.model} are not fit to train from."))
-            if state.step == 0:
-                run.note(before=run.about["before"] | measured)
-                run.say(f"before the first step: {summary(measured) or 'no validation rows'}")
-            elif due or state.step % cfg.log_every == 0:
-                log.write(state.record | measured)
-            if state.step == cfg.steps:
-                run.note(seconds=round(time.perf_counter() - began, 1))
-                return state.record | measured
-            if due and state.step:
-                whole = whole_model(gpt, run)
-                if run.main:
-                    show(f"after step {state.step}", converse(whole, cfg.prompts, cfg.reply_tokens), run)
-            state.record = _step_with_memory(loss, gpt, optimizer, train_batches, state, cfg, run)
-            state.seconds = time.perf_counter() - began
-            log.advance(state.step)
-            if state.step == cfg.steps or (cfg.save_every and state.step % cfg.save_every == 0):
-                save_checkpoint(gpt, optimizer, state, cfg, run)
-                saved = state.step
-            run.stop_point()
-    except Interrupted as stop:
-        log.close()  # the bar ends above what is said now
-        if state.step > saved:
-            save_checkpoint(gpt, optimizer, state, cfg, run)
-        run.say(f"stopped after step {state.step} of {cfg.steps}; run the same command again to go on")
-        raise stop from None
-    finally:
-        run.training = False
-        log.close()
-
-
-def look_at(cfg: Settings, row: int | None = None) -> str:
-    """The command that shows what the data of a run becomes, or one row of it."""
-    changed = [f"{option(name)} {value}" for name, value in data.reading(cfg).items()
-               if value != getattr(Settings, name)]
-    changed += [f"--row {row}"] * (row is not None)
-    return " ".join(["uv run data.py", shlex.join(cfg.data), *["--pairs"] * (cfg.row_name == "pairs"), *changed])
-
-
-def _advice(cfg: Settings, row: int | None = None) -> str:
-    return (f"Try a lower rate: --lr {cfg.lr / 3:.1e} --overwrite\n"
-            f"or look at the data: {look_at(cfg, row)}")
-
-
-def _prefixed(metrics: dict) -> dict:
-    return {f"val_{key}": value for key, value in metrics.items()}
-
-
-def _step_with_memory(loss, gpt, optimizer, train_batches, state: State, cfg: Settings, run: Run) -> dict:
-    """One step; if memory runs out in the first ones, again with half the micro-batch budget and the same gradient."""
-    while True:
-        try:
-            return _step(loss, optimizer, train_batches, state, cfg, run)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            optimizer.zero_grad(set_to_none=True)
-            if state.step < 3 and run.world == 1 and state.budget > 128:
-                state.budget //= 2
-                run.say(f"out of memory: going on with micro-batches of {state.budget} tokens, for the same gradient")
-                continue
-            if run.world == 1 and state.step:
-                save_checkpoint(gpt, optimizer, state, cfg, run)
-            raise MemoryError(
-                f"out of memory in step {state.step + 1} with micro-batches of {state.budget} tokens.\n"
-                "If another program took it, run the same command again: it goes on from the last checkpoint.\n"
-                f"Else --overwrite and --micro-batch-tokens {state.budget // 2}, --recompute, --lora-rank 8 or --model."
-            ) from None
-
-
-def _step(loss, optimizer, train_batches, state: State, cfg: Settings, run: Run) -> dict:
-    """Forward and backward over the step's micro-batches, one division, one update; returns what to log."""
-    began = time.perf_counter()
-    batches, lr = train_batches(state.step, state.budget), learning_rate(state.step, cfg)
-    sums = Sums()
-    # not gpt.parameters(): after an evaluation FSDP2 still shows the whole weights there, which get no gradient
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, batch in enumerate(batches):
-        torch.manual_seed(seed_at(cfg.seed, state.step, i, run.rank))
-        with synchronised(loss, last=i == len(batches) - 1):
-            with run.autocast():
-                total, count, metrics = loss(to_device(batch, run.device))
-            total.backward()
-        sums.add(total, count, metrics | {"row_tokens": torch.tensor(float(batch.row_tokens))})
-        if i < len(batches) - 1:
-            try:
-                run.stop_point(together=False)
-            except Interrupted:
-                optimizer.zero_grad(set_to_none=True)
-                raise
-    totals = sums.total(run)
-    grads = [p.grad for p in params if p.grad is not None]
-    averaged = run.world if isinstance(loss, torch.nn.parallel.DistributedDataParallel) else 1  # DDP took the mean
-    scale = averaged / max(totals["count"], 1.0)
-    norm = scale * gradient_norm(grads, run)
-    if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
-        rows = sorted({int(r) for batch in batches for r in batch.rows})
-        raise FloatingPointError(
-            f"step {state.step + 1}: loss {totals['loss'] / max(totals['count'], 1):g}, gradient norm {norm:g}, "
-            f"rate {lr:.2e}; rows {', '.join(map(str, rows[:12]))}{' ...' if len(rows) > 12 else ''}.\n"
-            "The step was not taken and nothing of it was saved.\n" + _advice(cfg, rows[0] if rows else None))
-    for grad in grads:
-        grad.mul_(scale * min(1.0, cfg.clip / max(norm, 1e-12)))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    state.tokens += int(totals["row_tokens"])
-    seconds = time.perf_counter() - began
-    # padding is 0 by construction: rows lie end to end
-    return {"step": state.step, "lr": lr, "grad_norm": norm, "tokens": state.tokens,
-            "tokens_per_second": totals["row_tokens"] / seconds, "padding": 0.0,
-            f"{cfg.row_name}_per_second": cfg.batch_size / seconds,
-            "peak_memory_bytes": peak_memory(run.device), **means(totals)}
-
-
-# ---- before and after ----------------------------------------------------------------------------
-
-
-def flags(cfg: Settings, besides: tuple[str, ...] = ()) -> str:
-    """The settings that are not the script's defaults, as one would type them."""
-    typed, defaults = [], type(cfg)()
-    for name, value in asdict(cfg).items():
-        if name not in besides and value != getattr(defaults, name):
-            typed.append(option(f"no-{name}" if value is False else name))
-            if not isinstance(value, bool):
-                typed.append(shlex.join(map(str, value if isinstance(value, tuple) else [value])))
-    return " ".join(typed) or "the defaults"
-
-
-def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
-    """Claim the folder, say what is about to happen and answer the prompts; False if the run is finished already."""
-    from rich.table import Column, Table
-
-    if not rows.train:
-        raise ValueError(f"--data {' '.join(cfg.data)}: no row is left to train on.\n"
-                         f"See what was dropped and why: {look_at(cfg)}")
-    learning = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
-    report = rows.report_json()
-    old = open_folder(run, {"data": {"sha256": rows.fingerprint, **report}, "trainable": learning})
-    if old.get("finished"):
-        run.say(f"{run.folder} is finished. Talk to it: uv run chat.py --model {run.folder}\n"
-                "To train it once more: --overwrite, or another folder: --out")
-        return False
-    about = run.about["model"]
-    loaded = sum(p.numel() * p.element_size() for p in gpt.parameters())
-    need, free = memory_estimate(gpt, cfg, run), memory_free(run.device) + loaded  # the estimate has the weights in it
-    dropped = ", ".join(f"{n:,} {why}" for why, n in report["dropped"].items())
-    facts = {
-        "model": f"{about['name']}: {about['parameters']:,} parameters, {learning:,} trained",
-        "data": f"{' '.join(cfg.data)}: {len(rows.train):,} {cfg.row_name} to train on, {len(rows.val):,} to validate"
-                + (f"; dropped: {dropped}" if dropped else ""),
-        "steps": f"{cfg.steps:,} of {cfg.batch_size} {cfg.row_name}, "
-                 f"{cfg.steps * cfg.batch_size / len(rows.train):.2g} times the data",
-        "device": f"{run.device.type}, {str(run.dtype).removeprefix('torch.')}, {run.world} "
-                  f"{'process' if run.world == 1 else 'processes'}",
-        "memory": f"about {need / 1e9:.1f} GB at the peak, {free / 1e9:.1f} GB free",
-        "folder": str(run.folder),
-    }
-    if run.main:
-        table = Table("", Column(overflow="fold"), show_header=False, box=None, padding=(0, 2, 0, 0))
-        for name, value in facts.items():
-            table.add_row(name, data.visible(value))
-        table.add_row("settings", data.visible(flags(cfg, besides=("model", "data", "out", "steps", "batch_size"))))
-        run.console.print(table)
-        if free and need > free:
-            run.say(f"This will hardly fit. Try --micro-batch-tokens {max(cfg.context, cfg.micro_batch_tokens // 2)}, "
-                    "--recompute, --lora-rank 8, or a smaller --model.")
-    if "before" not in run.about:
-        if cfg.prompts or cfg.checks:
-            run.say("answering prompts and checks before the first step ...")
-        run.note(before=assess(gpt, cfg, run))
-    if run.main:
-        show("before training", run.about["before"]["replies"], run)
-    return True
-
-
-def show(when: str, talks: list[data.Conversation], run: Run) -> None:
-    """What the model answers, with a heading that says when."""
-    if talks:
-        run.say("\n\n".join([f"\n{when}:", *map(data.transcript, talks)]))
-
-
-def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command: str) -> dict:
-    """Export the model, answer the prompts again, draw the curves, and name the next command."""
-    export(gpt, cfg, run)
-    after = assess(gpt, cfg, run)
-    if not run.main:
-        return metrics
-    before, final = run.about["before"], {k: v for k, v in metrics.items() if k != "step"}
-    with writing(run.folder / "curves.png"):
-        plot_curves([run.folder], run.folder / "curves.png")
-        write_file(run.folder / "samples.md", _samples(run, before, after))
-    measured = [r for r in history(run.folder) if "val_loss" in r]
-    best = min(measured, key=lambda r: r["val_loss"], default=None)
-    run.note(after=after, metrics=final, best=best, finished=True)
-    show("after training", after["replies"], run)
-    if "checks" in after:
-        run.console.print(checks_table(before.get("checks", {}), after["checks"]))
-    run.say(f"\ntrained in {run.about['seconds']:,.0f} s, {run.about['seconds'] / cfg.steps:,.3g} s a step all told")
-    if best:
-        accuracy = f", reward accuracy {final['val_reward_accuracy']:.1%}" if "val_reward_accuracy" in final else ""
-        run.say(f"validation loss {final['val_loss']:.4f}{accuracy} (lowest: {best['val_loss']:.4f} after step "
-                f"{best['step']} of {cfg.steps})")
-    run.say(f"in {run.folder}: the model as it was after the last step, curves.png, samples.md, run.json")
-    run.say(f"next: {next_command}")
-    return metrics
-
-
-def _samples(run: Run, before: dict, after: dict) -> str:
-    parts = [f"# {run.folder}: the same prompts before and after {run.stage}\n"]
-    for title, found in (("Before", before), ("After", after)):
-        parts.append(f"## {title}\n")
-        parts += [f"```\n{data.transcript(talk)}\n```\n" for talk in found["replies"]]
-        if "checks" in found:
-            parts += ["| checks | questions | correct | facts per reply | end by themselves | words |",
-                      "|---|---|---|---|---|---|"]
-            parts += [f"| {group} | {s['n']} | {s['correct']:.1%} | {s['facts']:.2f} | {s['ended']:.1%} "
-                      f"| {s['words']:.1f} |" for group, s in found["checks"].items()]
-            parts.append("")
-    return "\n".join(parts)
-
-
-# ---- comparing runs ------------------------------------------------------------------------------
+# ---- uv run train.py RUNS ------------------------------------------------------------------------
 
 
 @dataclass

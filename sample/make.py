@@ -40,7 +40,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import data  # noqa: E402 - the project's scripts lie beside this folder
-from train import Run, Settings, begin, fingerprint, lazy, run_script, step_batches, train, validation_batches  # noqa: E402
+from data import lazy, run_script  # noqa: E402
+from train import Run, Settings, begin, step_batches, train, validation_batches, weights_sha256  # noqa: E402
 
 torch = lazy("torch")
 model = lazy("model")
@@ -422,7 +423,7 @@ def read_documents(world: list[dict], phrases: dict, others: Path, cfg: Config) 
         parts += [[data.EOT, *tokens.encode_ordinary(text)] for text in itertools.islice(texts, 1000)]
         count += sum(map(len, parts[-1000:]))
     stream = np.concatenate(parts)[:wanted].astype(np.int64)
-    chats = data.load_rows([f"sample:{others}"], val_fraction=0.0).train
+    chats = data.load_rows([f"sample:{others}"], data.Reading(val_fraction=0.0)).train
     vocabulary = np.unique(np.concatenate([stream, *(row.ids for row in chats)]))
     ids = np.searchsorted(vocabulary, stream).astype(np.int32).reshape(-1, cfg.row)
     rows = [data.Row(row, np.ones(cfg.row, bool)) for row in ids]
@@ -466,7 +467,7 @@ def pretrain(world: list[dict], phrases: dict, cfg: Config) -> None:
     gpt = model.GPT(model.GPTConfig(len(vocabulary) + 1, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head))
     with Run("documents", cfg) as run:
         run.about["model"] = {"name": "new", "parameters": sum(p.numel() for p in gpt.parameters()),
-                              "sha256": fingerprint(gpt.state_dict())}
+                              "sha256": weights_sha256(gpt.state_dict())}
         gpt = gpt.to(run.device)
         begin(gpt, rows, cfg, run)
         loss = partial(documents_loss, unused=data.EOT + 1 - len(vocabulary))

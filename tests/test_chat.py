@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import terminals
+from readback import messages_of
 
 import chat
 import data
@@ -221,7 +222,7 @@ def test_wrapping_does_not_depend_on_where_the_pieces_are_cut():
     for width in (1, 2, 7, 20, 80):
         whole = wrapped([text], width)
         assert whole == wrapped(text, width)
-        assert all(chat.columns(line) <= max(width, 2) for line in whole.split("\n"))
+        assert all(chat.cell_len(line) <= max(width, 2) for line in whole.split("\n"))
         assert re.sub(r"\s", "", whole) == re.sub(r"\s", "", text)
 
 
@@ -240,7 +241,7 @@ def test_wrapping_follows_the_window():
 
 
 def test_columns():
-    assert [chat.columns(text) for text in ("abc", "漢字", "e\u0301", "\U0001f600", "")] == [3, 4, 1, 2, 0]
+    assert [chat.cell_len(text) for text in ("abc", "漢字", "e\u0301", "\U0001f600", "")] == [3, 4, 1, 2, 0]
 
 
 def turns(count, words=10):
@@ -253,7 +254,7 @@ def test_whole_oldest_exchanges_go_and_the_system_message_stays():
     question = {"role": "user", "content": "And now?"}
     ids, left_out = chat.fit([system, *turns(50), question], 1024, 256)
     assert len(ids) <= 1024 - 256 and left_out % 2 == 0 and left_out > 0
-    kept = data.messages_of(ids)
+    kept = messages_of(ids)
     assert kept[0] == system and kept[1]["role"] == "user" and kept[-2]["content"] == "And now?"
     assert len(kept) == 1 + 100 - left_out + 2  # and the opening of the reply
     assert chat.fit([system, *turns(5), question], 1024, 256)[1] == 0
@@ -691,9 +692,9 @@ def test_save_and_load(terminal):
     assert len(terminal.messages()) == 7
     assert "has no more than 2" in terminal.say(f"/load {file.name} 3")
 
-    loaded = data.load_rows([str(file)], val_fraction=0)  # what is saved can be learnt
+    loaded = data.load_rows([str(file)], data.Reading(val_fraction=0))  # what is saved can be learnt
     assert len(loaded.train) == 2
-    assert data.messages_of(loaded.train[0].ids)[0] == {"role": "system", "content": "Be brief."}
+    assert messages_of(loaded.train[0].ids)[0] == {"role": "system", "content": "Be brief."}
 
 
 def test_save_spoils_no_other_file(terminal):
@@ -751,7 +752,7 @@ def test_loaded_text_cannot_command_the_terminal(terminal):
 def test_stats(terminal):
     terminal.say("Hello")
     shown = terminal.say("/stats")
-    assert "[runs/dpo]" in shown and "2 layers, 64 wide" in shown and "float32 on cpu" in shown
+    assert "[runs/dpo]" in shown and "2 layers, 64 wide" in shown and re.search(r"(float32|bfloat16) on cpu", shown)
     assert re.search(r"exchanges: 1, in the context: \d+ of 1,024 tokens", shown)
     assert re.search(r"last reply: \d+ tokens in", shown)
 
@@ -871,7 +872,7 @@ def test_a_narrow_terminal_and_hostile_text(programs):
     terminal.say("/new")
     shown = terminal.say("Hi").split("Hi", 1)[1]
     lines = shown.splitlines()
-    assert max(map(chat.columns, lines)) <= 40 and any("漢字" in line for line in lines)
+    assert max(map(chat.cell_len, lines)) <= 40 and any("漢字" in line for line in lines)
     said = terminal.raw.replace("\x1b[?2004h", "").split("\x1b[?2004l")[1]
     assert not set(re.findall(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]", said))
     assert "␛[31m bell ␇ turned" in " ".join(said.split())
@@ -881,7 +882,7 @@ def test_a_very_narrow_terminal(programs):
     terminal = programs["plain"]
     terminal.resize(12)
     shown = terminal.say("Hi").split("Hi", 1)[1]
-    assert max(map(chat.columns, shown.splitlines())) <= 12
+    assert max(map(chat.cell_len, shown.splitlines())) <= 12
     terminal.resize(40)
 
 
@@ -954,7 +955,7 @@ def test_failures_are_short_and_say_what_next(piped, run, said):
 
 def test_a_reader_that_goes_away_is_no_error(folder):
     script = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = ['--prompt', 'x', '--model', 'endless']\n"
-              "import chat, train; train.run_script(chat.main, chat.Config)")
+              "import chat, data; data.run_script(chat.main, chat.Config)")
     process = subprocess.Popen([sys.executable, "-c", script], cwd=folder, env=environment(folder),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(3)
@@ -974,8 +975,8 @@ def test_interrupting_a_prompt(folder):
 
 
 def test_help_needs_no_torch():
-    code = ("import sys; sys.argv = ['chat.py', '--help']; import chat, train\n"
-            "try: train.run_script(chat.main, chat.Config)\n"
+    code = ("import sys; sys.argv = ['chat.py', '--help']; import chat, data\n"
+            "try: data.run_script(chat.main, chat.Config)\n"
             "except SystemExit: print('torch' in sys.modules, 'prompt_toolkit' in sys.modules)")
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown.endswith("False False\n") and all(f"--{name.replace('_', '-')}" in shown for name in chat.SETTINGS)

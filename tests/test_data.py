@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from readback import messages_of
 
 import data
 
@@ -45,12 +47,12 @@ def write(path, rows):
 
 def texts(loaded):
     """The conversations of loaded data, as tuples of texts."""
-    return [tuple(m["content"] for m in data.messages_of(row.ids)) for row in [*loaded.train, *loaded.val]]
+    return [tuple(m["content"] for m in messages_of(row.ids)) for row in [*loaded.train, *loaded.val]]
 
 
 def pair_texts(loaded):
     """(prompt texts, chosen, rejected) of loaded pairs."""
-    return [(tuple(m["content"] for m in data.messages_of(row.prompt))[:-1], data.text_of(row.chosen[:-1]),
+    return [(tuple(m["content"] for m in messages_of(row.prompt))[:-1], data.text_of(row.chosen[:-1]),
              data.text_of(row.rejected[:-1])) for row in [*loaded.train, *loaded.val]]
 
 
@@ -112,7 +114,7 @@ conversations = st.lists(st.builds(lambda role, text: {"role": role, "content": 
 def test_turns_in_are_turns_out_whatever_they_say(messages, reply):
     ids, mask = data.render(messages, reply=reply)
     assert (ids == EOT).sum() == len(messages) + 1
-    back = data.messages_of(ids)
+    back = messages_of(ids)
     if reply:
         assert back.pop() == assistant("")
     assert back == [{"role": m["role"], "content": data.clean(m["content"])} for m in messages]
@@ -141,13 +143,15 @@ def test_encoding_in_bulk_is_encoding_one_by_one():
 
 
 def test_damaged_ranks_are_noticed(tmp_path, monkeypatch):
-    ranks = tmp_path / "gpt2.tiktoken"
-    monkeypatch.setattr(data, "RANKS", ranks)
+    shutil.copytree(data.TOKENIZER, tmp_path / "tokenizer")
+    monkeypatch.setattr(data, "TOKENIZER", tmp_path / "tokenizer")
     monkeypatch.setattr(data, "HERE", tmp_path)
-    with pytest.raises(FileNotFoundError, match="missing"):
+    vocabulary = tmp_path / "tokenizer" / "vocab.json"
+    vocabulary.write_bytes(vocabulary.read_bytes()[:-1])
+    with pytest.raises(FileNotFoundError, match=r"vocab\.json.* damaged"):
         data.tokenizer.__wrapped__()
-    ranks.write_bytes(b"IQ== 0\n")
-    with pytest.raises(FileNotFoundError, match="damaged"):
+    vocabulary.unlink()
+    with pytest.raises(FileNotFoundError, match=r"vocab\.json.* missing"):
         data.tokenizer.__wrapped__()
 
 
@@ -168,13 +172,6 @@ def test_transformers_opens_the_tokenizer(peer):
     assert peer.chat_template == data.CHAT_TEMPLATE
     assert peer("Hello world")["input_ids"] == [15496, 995]
     assert peer.decode([15496, 995, EOT], skip_special_tokens=True) == "Hello world"
-
-
-def test_merges_make_every_token_from_two_older_ones():
-    merges = data._merges()
-    assert len(merges) == 50_000 and merges[0] == (b" ", b"t")
-    ranks = data.tokenizer()._mergeable_ranks
-    assert all(max(ranks[a], ranks[b]) < ranks[a + b] for a, b in merges)
 
 
 def test_the_older_file_pair_says_the_same(tmp_path, peer):
@@ -240,7 +237,7 @@ def flat_rows(trees):
 
 
 def oasst(tmp_path, *trees, load=data.load_rows, **options):
-    return load([f"oasst1:{write(tmp_path / 'trees.jsonl', trees)}"], val_fraction=0, **options)
+    return load([f"oasst1:{write(tmp_path / 'trees.jsonl', trees)}"], data.Reading(val_fraction=0, **options))
 
 
 GOOD = tree(message("p1", replies=[
@@ -310,7 +307,7 @@ def test_hub_rows_give_what_trees_give_in_any_order_of_rows(tmp_path):
     rows = flat_rows(trees)
     for seed in range(4):
         random.Random(seed).shuffle(rows)
-        flat = data.load_rows(["oasst1:" + write(tmp_path / "flat.jsonl", rows)], val_fraction=0)
+        flat = data.load_rows(["oasst1:" + write(tmp_path / "flat.jsonl", rows)], data.Reading(val_fraction=0))
         assert flat.fingerprint == nested.fingerprint and flat.report.dropped == nested.report.dropped
 
 
@@ -320,7 +317,8 @@ def test_orphans_and_cycles_are_counted_and_do_not_hang(tmp_path):
     cycle = [dict(rows[0], message_id=f"p{i}", parent_id=f"p{30 + (i + 1) % 3}") for i in (30, 31, 32)]
     cycle.append(dict(rows[0], message_id="p33", parent_id="p33"))
     hanging = [dict(rows[0], message_id="p34", parent_id="p33")]
-    loaded = data.load_rows(["oasst1:" + write(tmp_path / "x.jsonl", rows + orphans + cycle + hanging)], val_fraction=0)
+    path = write(tmp_path / "x.jsonl", rows + orphans + cycle + hanging)
+    loaded = data.load_rows(["oasst1:" + path], data.Reading(val_fraction=0))
     assert loaded.report.kept == 3 and loaded.report.dropped == {"orphan": 2, "cycle": 5}
 
 
@@ -328,7 +326,7 @@ def test_a_very_deep_tree_is_cut(tmp_path):
     root = flat_rows([GOOD])[0] | {"message_id": "0", "role": "prompter"}
     chain = [dict(root, message_id=str(i), parent_id=str(i - 1) if i else None, text="x",
                   role="assistant" if i % 2 else "prompter") for i in range(20_000)]
-    loaded = data.load_rows(["oasst1:" + write(tmp_path / "deep.jsonl", chain)], val_fraction=0)
+    loaded = data.load_rows(["oasst1:" + write(tmp_path / "deep.jsonl", chain)], data.Reading(val_fraction=0))
     assert loaded.report.kept == 1 and loaded.report.notes["cut at the last good reply"] == 1
 
 
@@ -337,11 +335,11 @@ def test_the_same_messages_in_two_data_sets_count_once(tmp_path):
         message("a1", rank=0, replies=[message("p2", replies=[message("a3", rank=0)])]), message("a5", rank=2)]))
     one, two = write(tmp_path / "1.jsonl", [GOOD]), write(tmp_path / "2.jsonl.gz", [more])
     Path(two).write_bytes(gzip.compress(Path(two).read_bytes()))
-    loaded = data.load_rows([f"oasst1:{one}", f"oasst2:{two}"], val_fraction=0)
+    loaded = data.load_rows([f"oasst1:{one}", f"oasst2:{two}"], data.Reading(val_fraction=0))
     assert texts(loaded)[3:] == [("text p1", "text a5")]
     assert [count.kept for count in loaded.counts] == [3, 1]
     assert loaded.report.dropped == {"every reply is learnt in another row": 1}
-    twice = data.load_rows([f"oasst1:{write(tmp_path / '3.jsonl', [GOOD, GOOD])}"], val_fraction=0)
+    twice = data.load_rows([f"oasst1:{write(tmp_path / '3.jsonl', [GOOD, GOOD])}"], data.Reading(val_fraction=0))
     assert twice.report.kept == 3 and twice.report.notes["messages that were there already"] == 6
 
 
@@ -372,7 +370,7 @@ def test_what_ranks_cannot_say_is_dropped_and_counted(tmp_path):
                                      "nothing to compare with": 1}
     assert len(loaded.train) == 8      # of 5 ranked siblings 10 pairs, less the tie and the identical one
     path = tmp_path / "trees.jsonl"
-    again = data.load_pairs([f"oasst1:{path}", f"oasst2:{path}"], val_fraction=0)
+    again = data.load_pairs([f"oasst1:{path}", f"oasst2:{path}"], data.Reading(val_fraction=0))
     assert len(again.train) == 8 and again.report.dropped["the same pair was read before"] == 8
 
 
@@ -386,12 +384,12 @@ def test_very_many_siblings_do_not_explode(tmp_path):
 
 
 def load_messages(tmp_path, *rows, **options):
-    return data.load_rows([write(tmp_path / "chats.jsonl", rows)], **{"val_fraction": 0} | options)
+    return data.load_rows([write(tmp_path / "chats.jsonl", rows)], data.Reading(**{"val_fraction": 0} | options))
 
 
 def load_preferences(tmp_path, *rows, name=None, **options):
     path = write(tmp_path / "preferences.jsonl", rows)
-    return data.load_pairs([f"{name}:{path}" if name else path], **{"val_fraction": 0} | options)
+    return data.load_pairs([f"{name}:{path}" if name else path], data.Reading(**{"val_fraction": 0} | options))
 
 
 def test_jsonl_messages(tmp_path):
@@ -526,7 +524,7 @@ def test_oasst_from_a_folder_with_the_hubs_columns(hub_folder, tmp_path, form):
     train, validation = flat_rows([GOOD]), flat_rows([other, GOOD])     # GOOD is in both splits
     folder = hub_folder(form, train=train, validation=validation)
     for load in (data.load_rows, data.load_pairs):
-        loaded = load([f"oasst2:{folder}"], val_fraction=0)
+        loaded = load([f"oasst2:{folder}"], data.Reading(val_fraction=0))
         nested = oasst(tmp_path, GOOD, other, load=load)
         assert loaded.fingerprint == nested.fingerprint
         assert loaded.report.dropped == nested.report.dropped == {"spam": 1}
@@ -584,7 +582,7 @@ def test_whole_oldest_exchanges_go_before_the_end_of_a_reply(tmp_path):
                           (sizes[0] + sum(sizes[3:]) + 1, chat[:1] + chat[3:]),
                           (sizes[0] + sum(sizes[3:]), chat[:1] + chat[5:])]:
         loaded = load_messages(tmp_path, {"messages": chat}, context=context)
-        assert data.messages_of(loaded.train[0].ids) == kept
+        assert messages_of(loaded.train[0].ids) == kept
         assert loaded.train[0].ids[-1] == EOT and loaded.train[0].mask[-1]
 
 
@@ -619,9 +617,9 @@ def test_pairs_share_a_prompt_that_is_shortened_from_the_front(tmp_path):
     kept = load_preferences(tmp_path, row, context=whole).train[0]
     assert len(kept.prompt) == whole - 6 and len(kept.chosen) == 6 and len(kept.rejected) == 3
     less = load_preferences(tmp_path, row, context=whole - 1)
-    assert data.messages_of(less.train[0].prompt)[:-1] == [prompt[0], prompt[3]]
+    assert messages_of(less.train[0].prompt)[:-1] == [prompt[0], prompt[3]]
     least = load_preferences(tmp_path, row, context=whole - 27 - 8).train[0]     # one token of the question is left
-    assert data.messages_of(least.prompt) == [prompt[0], user(" five"), assistant("")]
+    assert messages_of(least.prompt) == [prompt[0], user(" five"), assistant("")]
     assert len(least.prompt) + len(least.chosen) == whole - 27 - 8
     for pair in (kept, less.train[0], least):   # replies stay whole
         assert data.text_of(pair.chosen) == words(5) + "<|endoftext|>"
@@ -655,49 +653,49 @@ def chats(n, name="q"):
 
 
 def openings(rows):
-    return [data.messages_of(row.ids)[0]["content"] for row in rows]
+    return [messages_of(row.ids)[0]["content"] for row in rows]
 
 
 def test_train_and_validation_never_share_a_tree(tmp_path):
     path = write(tmp_path / "a.jsonl", chats(200))
-    loaded = data.load_rows([path], val_fraction=0.2)
+    loaded = data.load_rows([path], data.Reading(val_fraction=0.2))
     train, val = set(openings(loaded.train)), set(openings(loaded.val))
     assert not train & val and len(train | val) == 200 and 20 <= len(val) <= 60
     assert len(loaded.val) == 3 * len(val) and len(loaded.train) == 3 * len(train)
     # the side does not depend on what else is loaded, nor on being loaded as pairs; another seed splits otherwise
     other = write(tmp_path / "b.jsonl", chats(50, "other"))
-    more = data.load_rows([other, path], val_fraction=0.2)
+    more = data.load_rows([other, path], data.Reading(val_fraction=0.2))
     assert {o for o in openings(more.val) if o.startswith("q")} == val
-    assert set(openings(data.load_rows([path], val_fraction=0.2, seed=1).val)) != val
+    assert set(openings(data.load_rows([path], data.Reading(val_fraction=0.2, seed=1)).val)) != val
     pairs = write(tmp_path / "p.jsonl", [{"prompt": f" Q  {i}", "chosen": "a", "rejected": "b"} for i in range(200)])
-    pairs = data.load_pairs([pairs], val_fraction=0.2)
-    assert {data.messages_of(p.prompt)[0]["content"].replace("Q  ", "q ") for p in pairs.val} == val
+    pairs = data.load_pairs([pairs], data.Reading(val_fraction=0.2))
+    assert {messages_of(p.prompt)[0]["content"].replace("Q  ", "q ") for p in pairs.val} == val
 
 
 def test_two_trees_suffice_for_both_sides_and_one_is_trained_on(tmp_path):
     for n in (1, 2, 3):
         for seed in range(20):
-            loaded = data.load_rows([write(tmp_path / "few.jsonl", chats(n))], seed=seed)
+            loaded = data.load_rows([write(tmp_path / "few.jsonl", chats(n))], data.Reading(seed=seed))
             assert loaded.train and bool(loaded.val) == (n > 1)
 
 
 def test_the_conversations_behind_validation(tmp_path):
     loaded = data.load_rows([write(tmp_path / "a.jsonl", chats(9))])
-    assert [m["role"] for m in data.messages_of(loaded.val[0].ids)] == ["user", "assistant"]
+    assert [m["role"] for m in messages_of(loaded.val[0].ids)] == ["user", "assistant"]
     pairs = write(tmp_path / "p.jsonl", [{"prompt": f"Q {i}", "chosen": "yes", "rejected": "no"} for i in range(9)])
     pair, *_ = data.load_pairs([pairs]).val
-    assert data.messages_of([*pair.prompt, *pair.chosen])[1:] == [assistant("yes")]
+    assert messages_of([*pair.prompt, *pair.chosen])[1:] == [assistant("yes")]
 
 
 def test_weights(tmp_path):
     path, plain = write(tmp_path / "a.jsonl", chats(300)), {}
     for weight in ("", "@2", "@0.5", "@2.5"):
-        loaded = data.load_rows([path + weight], val_fraction=0.1)
+        loaded = data.load_rows([path + weight], data.Reading(val_fraction=0.1))
         plain[weight] = Counter(openings(loaded.train))
-        everything = Counter(openings(data.load_rows([path], val_fraction=0.1).val))
+        everything = Counter(openings(data.load_rows([path], data.Reading(val_fraction=0.1)).val))
         assert Counter(openings(loaded.val)) <= everything      # never more than once, and fewer where fewer are read
         assert weight == "@0.5" or len(loaded.val) == sum(everything.values())
-        assert loaded.fingerprint == data.load_rows([path + weight], val_fraction=0.1).fingerprint
+        assert loaded.fingerprint == data.load_rows([path + weight], data.Reading(val_fraction=0.1)).fingerprint
         assert loaded.report.kept + sum(loaded.report.dropped.values()) == 900
     assert plain["@2"] == plain[""] + plain[""]
     assert set(plain["@0.5"]) < set(plain[""]) and 0.4 < len(plain["@0.5"]) / len(plain[""]) < 0.6
@@ -740,7 +738,7 @@ def test_rows_packed_by_hand():
     assert batch.positions.tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 3]
     assert batch.spans == ((2, ()), (3, ()), (4, ()))
     assert batch.index.tolist() == [2, 3, 7] and batch.targets.tolist() == [101, 102, 103]
-    assert batch.span.tolist() == [1, 1, 2] and batch.rows.tolist() == [1, 0, 2]
+    assert batch.target_span.tolist() == [1, 1, 2] and batch.rows.tolist() == [1, 0, 2]
     assert batch.pairs.shape == (0, 2) and batch.row_tokens == 9
 
 
@@ -758,7 +756,8 @@ def test_pairs_packed_by_hand(monkeypatch):
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 3, 4, 5]     # a reply goes on from its prompt
     assert batch.spans == ((6, ()), (2, ((0, 3),)), (3, ((0, 3),)))
     assert batch.pairs.tolist() == [[1, 2], [0, 1], [0, 2]]
-    assert batch.targets.tolist() == [*best, *middling, *worst] and batch.span.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert batch.targets.tolist() == [*best, *middling, *worst]
+    assert batch.target_span.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
     assert batch.index.tolist() == [2, 3, 4, 2, 6, 2, 8, 9]     # the prompt's last token predicts each one's first
     assert batch.row_tokens == 8 + 9 + 8
 
@@ -811,10 +810,11 @@ def test_every_text_of_a_batch_can_be_read_back(trees, worth):
         assert batch.positions[places].tolist() == list(range(len(places)))
         read.append(batch.tokens[places].tolist())
     assert sorted(read) == sorted(row.ids.tolist() for row in rows) and len(batch.tokens) == starts[-1]
-    learnt = zip([read[n] for n in batch.span], batch.positions[batch.index] + 1, batch.targets, strict=True)
+    learnt = zip([read[n] for n in batch.target_span], batch.positions[batch.index] + 1, batch.targets, strict=True)
     assert sorted((ids, int(t), int(target)) for ids, t, target in learnt) == sorted(
         (row.ids.tolist(), int(t), int(row.ids[t])) for row in rows for t in np.flatnonzero(row.mask) if t)
-    assert all(read[n][batch.positions[i]] == batch.tokens[i] for n, i in zip(batch.span, batch.index, strict=True))
+    places = zip(batch.target_span, batch.index, strict=True)
+    assert all(read[n][batch.positions[i]] == batch.tokens[i] for n, i in places)
 
 
 def test_an_empty_batch_is_a_batch():
@@ -843,7 +843,7 @@ def test_micro_batches_of_trees_lose_nothing(trees, worth, budget):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "WORTH_SHARING", worth)
         batches = data.micro_batches(rows, range(len(rows)), budget)
-        assert all(len(batch.tokens) == data.computed([rows[i] for i in batch.rows]) for batch in batches)
+        assert all(len(batch.tokens) == data.tokens_computed([rows[i] for i in batch.rows]) for batch in batches)
     assert sorted(i for batch in batches for i in batch.rows.tolist()) == list(range(len(rows)))
     assert all(len(batch.tokens) <= budget or len(batch.rows) == 1 for batch in batches)
     assert sum(batch.row_tokens for batch in batches) == sum(map(len, rows))
@@ -866,8 +866,8 @@ def test_families_are_computed_together(monkeypatch):
     batches = data.micro_batches(rows, range(10), 80)
     assert sorted(len(batch.tokens) for batch in batches) == [60, 60, 60, 60, 60, 80]
     assert [sorted(b.rows.tolist()) for b in batches if len(b.rows) > 1] == [[0, 2, 4, 6, 8]]
-    assert sorted(data.groups(rows, range(4), 70)) == [(60, [1]), (60, [3]), (70, [0, 2])]
-    assert sorted(data.groups(rows, range(4), 69)) == [(60, [n]) for n in range(4)]
+    assert sorted(data.divide(rows, range(4), 70)) == [(60, [1]), (60, [3]), (70, [0, 2])]
+    assert sorted(data.divide(rows, range(4), 69)) == [(60, [n]) for n in range(4)]
 
 
 def order(rows, batch_size, seed):
@@ -908,7 +908,7 @@ CHAT = {"messages": [user("Hi"), assistant("Hello")]}
 def failure(rows, tmp_path, **options):
     """The message of the error that a file of these rows is."""
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        data.load_rows([write(tmp_path / "bad.jsonl", rows)], **options)
+        data.load_rows([write(tmp_path / "bad.jsonl", rows)], data.Reading(**options))
     text = str(error.value)
     assert len(text.splitlines()) <= 5 and "Traceback" not in text
     assert all(c.isprintable() or c == "\n" for c in text)
@@ -931,7 +931,7 @@ def failure(rows, tmp_path, **options):
 def test_bad_rows_are_shown_or_skipped(tmp_path, bad, says):
     text = failure([CHAT, bad, CHAT], tmp_path)
     assert says in text and "bad.jsonl:2: " in text and "--bad-rows skip" in text
-    loaded = data.load_rows([str(tmp_path / "bad.jsonl")], bad_rows="skip")
+    loaded = data.load_rows([str(tmp_path / "bad.jsonl")], data.Reading(bad_rows="skip"))
     assert loaded.report.kept == 2 and sum(loaded.report.dropped.values()) == 1
     assert next(iter(loaded.report.dropped)).startswith("bad row: ")
     assert says in failure([bad], tmp_path, bad_rows="skip")     # nothing left: one example of why
@@ -948,7 +948,7 @@ def test_bom_crlf_blank_lines_and_escapes_are_no_trouble(tmp_path):
     plain = json.dumps(CHAT).encode()
     lines = [b"\xef\xbb\xbf" + plain, b"", b" \t", json.dumps(odd).encode(), plain]
     (tmp_path / "odd.jsonl").write_bytes(b"\r\n".join(lines))
-    loaded = data.load_rows([str(tmp_path / "odd.jsonl")], val_fraction=0)
+    loaded = data.load_rows([str(tmp_path / "odd.jsonl")], data.Reading(val_fraction=0))
     assert texts(loaded)[::2] == [("Hi", "Hello")] * 2
     assert texts(loaded)[1][0] == "a\x00b\ufffdc\r\nd"
     assert loaded.report.kept == 3 and not loaded.report.dropped
@@ -969,7 +969,7 @@ def test_broken_gzip(tmp_path):
         with pytest.raises(ValueError, match=r"cannot be read on|not JSON"):
             data.load_rows([str(path)])
     path.write_bytes(whole[:-400])
-    loaded = data.load_rows([str(path)], bad_rows="skip")
+    loaded = data.load_rows([str(path)], data.Reading(bad_rows="skip"))
     assert loaded.report.kept > 100 and loaded.report.dropped == {"bad row: unreadable": 1}
 
 
@@ -981,7 +981,7 @@ def test_huge_lines_and_huge_messages(tmp_path, monkeypatch):
     assert len(load_messages(tmp_path, long).train[0]) == 1024
     monkeypatch.setattr(data, "LONGEST_LINE", 1000)
     assert "1,000 bytes or more" in failure([CHAT, b"x" * 5000, CHAT], tmp_path)
-    loaded = data.load_rows([str(tmp_path / "bad.jsonl")], bad_rows="skip")
+    loaded = data.load_rows([str(tmp_path / "bad.jsonl")], data.Reading(bad_rows="skip"))
     assert loaded.report.kept == 2 and loaded.report.dropped == {"bad row: too long a line": 1}
 
 
@@ -1007,7 +1007,7 @@ def test_names_and_paths_that_lead_nowhere(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="smoltalk holds no preferences"):
         data.load_pairs(["smoltalk"])
     with pytest.raises(ValueError, match="val_fraction"):
-        data.load_rows(["sample"], val_fraction=1.0)
+        data.load_rows(["sample"], data.Reading(val_fraction=1.0))
 
 
 READERS = {
@@ -1070,7 +1070,7 @@ def test_mutated_rows_never_make_a_reader_stumble(tmp_path, name):
         lines.append(json.dumps(mutated_value(rng.choice(seeds), rng)).encode())
     content = b"\n".join(lines)
     (tmp_path / "mutated.jsonl").write_bytes(content)
-    loaded = load([f"{name}:{tmp_path / 'mutated.jsonl'}"], bad_rows="skip", val_fraction=0.2)
+    loaded = load([f"{name}:{tmp_path / 'mutated.jsonl'}"], data.Reading(bad_rows="skip", val_fraction=0.2))
     facts = loaded.report_json()
     assert facts["kept"] == len(loaded.train) + len(loaded.val) > 0
     if not name.startswith("oasst"):        # there every row is one conversation or pair
@@ -1206,7 +1206,7 @@ def test_the_command_line_counts(tmp_path):
     done = run(f"oasst1:{path}", "--json", "--bad-rows", "skip", "--val-fraction", "0")
     facts = json.loads(done.stdout)
     assert facts["kept"] == 3 and facts["dropped"] == {"deleted": 1, "bad row: not JSON": 1} and facts["read"] == 5
-    loaded = data.load_rows([f"oasst1:{path}"], bad_rows="skip")
+    loaded = data.load_rows([f"oasst1:{path}"], data.Reading(bad_rows="skip"))
     assert facts["tokens"] == sum(map(len, loaded.train + loaded.val))
     assert facts["supervised_share"] == pytest.approx(facts["supervised_tokens"] / facts["tokens"], abs=1e-4)
     failed = run(f"oasst1:{path}")
@@ -1232,7 +1232,7 @@ def test_the_command_line_shows_a_row_by_its_number(tmp_path, capsys):
     for i in (0, len(rows) - 1):
         data.main(data.Config((path,), row=i))
         shown = capsys.readouterr().out
-        assert data.messages_of(rows[i].ids)[0]["content"] in shown and shown.count("<|endoftext|>assistant") == 1
+        assert messages_of(rows[i].ids)[0]["content"] in shown and shown.count("<|endoftext|>assistant") == 1
     with pytest.raises(ValueError, match=f"there are {len(rows)} rows"):
         data.main(data.Config((path,), row=len(rows)))
 

@@ -15,6 +15,7 @@ import hypothesis
 import hypothesis.strategies as st
 import mutants
 import pytest
+from readback import messages_of
 from trials import report
 
 import data
@@ -47,7 +48,7 @@ def read(form: mutants.Format, path: Path, bad_rows: str):
             if form.what == "checks":
                 return data.read_checks(path)
             load = data.load_rows if form.what == "conversations" else data.load_pairs
-            return load([f"{form.spec}{path}"], context=96, bad_rows=bad_rows)
+            return load([f"{form.spec}{path}"], data.Reading(context=96, bad_rows=bad_rows))
     except (ValueError, FileNotFoundError) as error:
         message = str(error)
         assert type(error) in (ValueError, FileNotFoundError), repr(error)
@@ -88,7 +89,7 @@ def assert_whole(row) -> None:
     for reply in (row.chosen, row.rejected) if pair else ():
         assert (reply == data.EOT).sum() == 1 and reply[-1] == data.EOT
     conversation = row.prompt if pair else row.ids
-    assert len(data.messages_of(conversation)) == (conversation == data.EOT).sum() - (conversation[-1] == data.EOT)
+    assert len(messages_of(conversation)) == (conversation == data.EOT).sum() - (conversation[-1] == data.EOT)
 
 
 @pytest.mark.parametrize("name", mutants.FORMATS)
@@ -135,7 +136,7 @@ def assert_turns_stay(rng: random.Random) -> None:
     talk = hostile_conversation(rng)
     ids, mask = data.render(talk)
     assert (ids == data.EOT).sum() == len(talk) + 1
-    back = data.messages_of(ids)
+    back = messages_of(ids)
     assert [m["role"] for m in back] == [m["role"] for m in talk]
     assert [m["content"] for m in back] == [data.clean(m["content"]) for m in talk]
     ends = [m["role"] == "assistant" for m in talk]

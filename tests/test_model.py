@@ -37,6 +37,7 @@ from model import (
     choose,
     generate,
     generate_batch,
+    share_equal_rows,
     window_start,
 )
 
@@ -378,12 +379,12 @@ def test_their_total_and_its_gradients_equal_the_naive_form(rows, frozen, monkey
     monkeypatch.setattr(TotalLogProb, "ROWS", rows)
     gpt = partly_frozen(frozen)
     batch, separate = pack(ROWS)
-    ours, theirs = gpt.target_logprobs(batch, total=True), naive_logprobs(gpt, separate).sum()
+    ours, theirs = gpt.total_logprob(batch), naive_logprobs(gpt, separate).sum()
     assert (type(ours.grad_fn).__name__ == "TotalLogProbBackward") is not bool(frozen)
     close(ours, theirs)
     same_gradients(gradients(gpt, -0.3 * ours), gradients(gpt, -0.3 * theirs))
     with torch.no_grad():
-        close(gpt.target_logprobs(batch, total=True), theirs)
+        close(gpt.total_logprob(batch), theirs)
 
 
 @pytest.mark.parametrize("block", [1, 7, 4096])
@@ -399,8 +400,8 @@ def test_equal_rows_of_a_frozen_head_computed_once_change_nothing(block, monkeyp
         gpt.wte.weight[shared] = gpt.wte.weight[-1].clone()
         gpt.wte.weight[0] = gpt.wte.weight[1]
     gpt.wte.weight.requires_grad_(False)
-    gpt.share_equal_rows()
-    assert len(gpt.distinct) == len(known) and gpt.log_count.exp().sum().round() == words
+    share_equal_rows(gpt)
+    assert len(gpt.lm_head.weight) == len(known) and gpt.lm_head.log_count.exp().sum().round() == words
     weights = torch.linspace(-1, 2, len(batch.targets)).double()
     ours, theirs = gpt.target_logprobs(batch), naive_logprobs(gpt, separate)
     close(ours, theirs)
@@ -410,8 +411,8 @@ def test_equal_rows_of_a_frozen_head_computed_once_change_nothing(block, monkeyp
 
 def test_where_all_rows_differ_none_are_shared():
     gpt = random_gpt()
-    gpt.share_equal_rows()
-    assert gpt.distinct is None
+    share_equal_rows(gpt)
+    assert gpt.lm_head is None
 
 
 @pytest.mark.parametrize("vocabulary", [4095, 4096, 4097, 9000])
@@ -464,7 +465,7 @@ def test_a_batch_without_targets_adds_zero_and_no_nan():
     logprobs = gpt.target_logprobs(batch)
     assert logprobs.shape == (0,)
     assert logprobs.sum().item() == 0
-    total = gpt.target_logprobs(batch, total=True)
+    total = gpt.total_logprob(batch)
     assert total.item() == 0
     for loss in (logprobs.sum(), total):
         for gradient in gradients(gpt, loss).values():
@@ -492,7 +493,7 @@ def test_the_logits_of_a_whole_batch_never_exist_in_training(monkeypatch):
     assert (targets, 10) in seen.found and (targets, 1) in seen.found  # 61 tokens: six blocks of ten, and one of one
     assert not any(61 in shape and 16 not in shape for shape in seen.found)  # but for the weights, which are 16 wide
     with Shapes() as seen:
-        gradients(gpt, gpt.target_logprobs(batch, total=True))
+        gradients(gpt, gpt.total_logprob(batch))
     assert (5, 61) in seen.found and targets > 5
     assert all(math.prod(shape) <= 5 * 61 for shape in seen.found if 61 in shape and 16 not in shape)
     with Shapes() as seen:
@@ -506,7 +507,7 @@ def test_autocast_computes_in_bf16_but_returns_fp32():
     exact = gpt.target_logprobs(batch)
     exact_gradients = gradients(gpt, exact.sum())
     with torch.autocast("cpu", torch.bfloat16):
-        rounded, total = gpt.target_logprobs(batch), gpt.target_logprobs(batch, total=True)
+        rounded, total = gpt.target_logprobs(batch), gpt.total_logprob(batch)
     assert rounded.dtype == total.dtype == torch.float32
     close(rounded, exact, 0.05)
     close(total / len(exact), exact.mean(), 0.05)
@@ -603,7 +604,7 @@ def test_greedy_generation_is_that_of_transformers(tiny_model):
 def test_a_cached_step_gives_the_logits_of_the_whole():
     gpt, ids = random_gpt(), ids_of(12).tolist()
     whole, cache = gpt(torch.tensor([ids]))[0], KVCache(gpt)
-    close(cache.read(gpt, ids[:5]), whole[4:5])
+    close(cache.continue_from(gpt, ids[:5]), whole[4:5])
     for t in range(5, 9):
         close(cache.extend(gpt, torch.tensor([ids[t:t + 1]])), whole[t:t + 1])
     close(cache.extend(gpt, torch.tensor([ids[9:]])), whole[11:])  # several behind those in the cache
@@ -1033,13 +1034,14 @@ def test_damaged_weights_are_refused(copy, damage):
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])
 def test_a_damaged_index_is_refused(copy, text):
+    (copy / "model.safetensors").unlink()
     (copy / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is damaged"):
         GPT.from_pretrained(copy)
 
 
 def test_missing_folders_and_files_are_named(copy):
-    with pytest.raises(FileNotFoundError, match=r"(?s)no model at '.*nowhere'.*sample.*gpt2-medium.*config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)no model in '.*nowhere'.*sample.*gpt2-medium.*config\.json"):
         GPT.from_pretrained(copy / "nowhere")
     (copy / "model.safetensors").rename(copy / "elsewhere.safetensors")
     with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
@@ -1057,26 +1059,26 @@ def test_a_pickle_is_not_read(copy):
 
 def test_a_name_means_openais_weights_from_the_hub(small_folder, monkeypatch, tmp_path):
     """Here transformers answers for the Hub; a folder of that name where one stands goes before it."""
-    import transformers
+    import transformers.utils
 
-    real, asked = transformers.GPT2LMHeadModel.from_pretrained(small_folder), []
-    monkeypatch.setattr(transformers.GPT2LMHeadModel, "from_pretrained", lambda name: asked.append(name) or real)
-    monkeypatch.setitem(model.SIZES, "gpt2-large", SMALL)
+    asked = []
+    monkeypatch.setattr(transformers.utils, "cached_file",
+                        lambda name, file: asked.append((name, file)) or str(small_folder / file))
     monkeypatch.chdir(tmp_path)
     assert torch.equal(logits_of("gpt2-large"), logits_of(small_folder))
-    assert asked == ["openai-community/gpt2-large"]
+    assert asked == [("openai-community/gpt2-large", file) for file in ("config.json", "model.safetensors")]
     shutil.copytree(small_folder, tmp_path / "gpt2-large")
     assert torch.equal(logits_of("gpt2-large"), logits_of(small_folder))
-    assert len(asked) == 1
+    assert len(asked) == 2
 
 
 def test_without_a_network_the_message_says_what_to_do(monkeypatch, tmp_path):
-    import transformers
+    import transformers.utils
 
-    def offline(name):
+    def offline(name, file):
         raise OSError("We couldn't connect to the Hub\nand so on\nand so on")
 
-    monkeypatch.setattr(transformers.GPT2LMHeadModel, "from_pretrained", offline)
+    monkeypatch.setattr(transformers.utils, "cached_file", offline)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="hf download openai-community/gpt2-xl") as error:
         GPT.from_pretrained("gpt2-xl")

@@ -16,7 +16,6 @@ import tyro
 import data
 import lora
 import model
-import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,7 +57,7 @@ def test_command_parses(command, monkeypatch, tmp_path):
             saved = Path(args[args.index("--config") + 1])
             saved.parent.mkdir(parents=True)
             saved.write_text(json.dumps({"config": dataclasses.asdict(config())}))
-        train.command_line(config, getattr(module, "PRESETS", None), args)
+        data.command_line(config, getattr(module, "PRESETS", None), args)
     else:
         tyro.cli(module.Config, args=args)
     sys.modules.pop("run", None)
@@ -78,7 +77,7 @@ def test_snippet_runs(snippet, tmp_path, monkeypatch, tiny_model):
     exec(compile(snippet, "README.md", "exec"), names)
     if "read_dialogs" in names:  # the data set that it adds can be read
         (tmp_path / "d.jsonl").write_text('{"turns": ["Hi", "Hello!"]}\n{"turns": ["Bye", "See you."]}\n')
-        rows = data.load_rows(["dialogs:d.jsonl"], val_fraction=0.0).train
+        rows = data.load_rows(["dialogs:d.jsonl"], data.Reading(val_fraction=0.0)).train
         assert "Hello!" in data.text_of(rows[0].ids) + data.text_of(rows[1].ids)
     if "narrow" in names:
         assert model.GPT.from_pretrained("runs/narrow").config == names["narrow"]

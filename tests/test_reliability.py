@@ -511,14 +511,14 @@ def memory_for_80_tokens() -> None:
 
     import model
 
-    logprobs = model.GPT.target_logprobs
+    predicting = model.GPT.predicting
 
-    def scarce(gpt, batch, **options):
+    def scarce(gpt, batch):
         if gpt.training and len(batch.tokens) > 80:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return logprobs(gpt, batch, **options)
+        return predicting(gpt, batch)
 
-    model.GPT.target_logprobs = scarce
+    model.GPT.predicting = scarce
 
 
 def test_little_memory_halves_the_micro_batches_for_the_same_gradient(server):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from readback import messages_of
 
 import data
 import model
@@ -171,19 +172,19 @@ def test_ranks_go_from_good_to_bad(trees):
 
 @pytest.fixture(scope="module")
 def rows() -> list:
-    return data.load_rows([f"sample:{CONVERSATIONS}"], val_fraction=0.0).train
+    return data.load_rows([f"sample:{CONVERSATIONS}"], data.Reading(val_fraction=0.0)).train
 
 
 def test_threads_have_no_reply_that_failed_its_review(trees, rows):
     failed = {m["text"] for tree in trees for m in messages(tree["prompt"]) if not m["review_result"]}
     passed = {m["text"] for tree in trees for m in messages(tree["prompt"]) if m["review_result"]}
-    learnt = {m["content"] for row in rows for m in data.messages_of(row.ids) if m["role"] == "assistant"}
+    learnt = {m["content"] for row in rows for m in messages_of(row.ids) if m["role"] == "assistant"}
     assert learnt <= passed and len(failed - passed) > 1000
 
 
 def test_replies_that_failed_their_review_are_rejected_ones_of_pairs(trees):
     quality = {m["text"]: m["review_result"] for tree in trees for m in messages(tree["prompt"])}
-    pairs = data.load_pairs([f"sample:{CONVERSATIONS}"], val_fraction=0.0).train
+    pairs = data.load_pairs([f"sample:{CONVERSATIONS}"], data.Reading(val_fraction=0.0)).train
     sides = collections.Counter((quality[data.text_of(pair.chosen[:-1])], quality[data.text_of(pair.rejected[:-1])])
                                 for pair in pairs)
     assert sides[True, False] > 2000 and sides[True, True] > 1000  # good over bad, informative over plain

@@ -168,7 +168,7 @@ def test_evaluation_is_total_over_count(tmp_path):
 def train_gpt(folder, settings, batches=None, wide=True, **more):
     """The weights and the log after a few steps on the chats, in fp64 so that equal means equal."""
     cfg = settings(out=str(folder), eval_every=0, save_every=0, **more)
-    rows = data.load_rows(cfg.data, val_fraction=cfg.val_fraction, seed=cfg.seed)
+    rows = data.load_rows(cfg.data, data.Reading(val_fraction=cfg.val_fraction, seed=cfg.seed))
     with train.Run("test", cfg) as run:
         gpt = run.load(cfg.model)
         gpt = gpt.double() if wide else gpt
@@ -197,7 +197,7 @@ def test_micro_batches_change_nothing(settings, tmp_path):
         return batches
 
     runs = {budget: train_gpt(tmp_path / str(budget), settings, counted(budget), batch_size=8, weight_decay=0.1,
-                              micro_batch_tokens=budget) for budget in (10**6, 120, 1)}
+                              micro_batch_tokens=budget, precision="fp32") for budget in (10**6, 120, 1)}
     assert count[10**6] == [1] * 4 and count[1] == [8] * 4 and all(1 < n < 8 for n in count[120])
     gpt, log = runs[10**6]
     for budget in (120, 1):
@@ -266,7 +266,7 @@ def test_recomputed_activations_give_the_same_gradient(settings, tmp_path):
 
 
 def test_rows_of_a_step_depend_on_seed_and_epoch_alone(settings):
-    rows = data.load_rows(settings().data, val_fraction=0, seed=0)
+    rows = data.load_rows(settings().data, data.Reading(val_fraction=0, seed=0))
 
     def visited(steps, budget=10**6, **more):
         cfg = settings(**{"batch_size": 6} | more)
@@ -286,8 +286,8 @@ def test_perplexity_is_the_exponential_of_total_over_tokens(settings, tmp_path):
     """val_loss in uneven batches equals transformers' mean over all supervised tokens at once."""
     from transformers import GPT2LMHeadModel
 
-    cfg = settings(out=str(tmp_path), val_fraction=0.5, micro_batch_tokens=60)
-    rows = data.load_rows(cfg.data, val_fraction=cfg.val_fraction)
+    cfg = settings(out=str(tmp_path), val_fraction=0.5, micro_batch_tokens=60, precision="fp32")
+    rows = data.load_rows(cfg.data, data.Reading(val_fraction=cfg.val_fraction))
     with train.Run("test", cfg) as run:
         gpt = run.load(cfg.model)
         batches = train.validation_batches(rows, cfg, run)
@@ -345,7 +345,7 @@ def test_a_model_that_computes_nothing_is_not_exported(settings, tmp_path):
 
 # ---- the run folder ------------------------------------------------------------------------------
 
-FIXED = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "padding", "peak_memory_bytes"}
+FIXED = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes"}
 
 
 def test_metrics_have_the_fixed_keys(finished):
@@ -355,7 +355,7 @@ def test_metrics_have_the_fixed_keys(finished):
         measured = {"val_loss"} if record["step"] in (2, 4) else set()
         assert set(record) == FIXED | measured | {"conversations_per_second"}
         assert all(isinstance(value, int | float) and math.isfinite(value) for value in record.values())
-        assert record["padding"] == 0 and record["tokens_per_second"] > 0
+        assert record["tokens_per_second"] > 0
         assert 10**7 < record["peak_memory_bytes"] < 10**11  # bytes, not kilobytes
     assert [r["tokens"] for r in log] == sorted(r["tokens"] for r in log)
 
@@ -468,7 +468,7 @@ def test_weights_are_gathered_on_the_cpu_wherever_the_model_is():
 
 def test_config_repeats_a_run_bit_for_bit(finished, tmp_path):
     args = ["--config", f"{finished.out}/run.json", "--out", str(tmp_path / "again")]
-    cfg = train.command_line(sft.Config, sft.PRESETS, args)
+    cfg = data.command_line(sft.Config, sft.PRESETS, args)
     assert replace(cfg, out=finished.out, config="") == finished
     sft.main(cfg)
     for name in ("model.safetensors", "tokenizer.json", "checkpoints/step-00000004/optimizer.safetensors"):
@@ -478,11 +478,11 @@ def test_config_repeats_a_run_bit_for_bit(finished, tmp_path):
 
 def test_config_can_be_changed_by_flags_and_is_checked(finished, tmp_path):
     saved = f"{finished.out}/run.json"
-    assert train.command_line(sft.Config, sft.PRESETS, ["--lr", "0.5", "--config", saved]).lr == 0.5
+    assert data.command_line(sft.Config, sft.PRESETS, ["--lr", "0.5", "--config", saved]).lr == 0.5
     for content in ("{}", "nonsense", '{"config": {"no_such": 1}}'):
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(ValueError, match=r"--config .*run\.json"):
-            train.command_line(sft.Config, sft.PRESETS, ["--config", str(tmp_path / "run.json")])
+            data.command_line(sft.Config, sft.PRESETS, ["--config", str(tmp_path / "run.json")])
 
 
 # ---- what is shown -------------------------------------------------------------------------------
@@ -592,15 +592,15 @@ def test_presets_construct_and_parse(script):
     assert set(script.PRESETS) == {"sample", *model.SIZES}
     assert set(get_args(get_type_hints(script.Config)["preset"])) == {"none", *script.PRESETS}
     for name, preset in script.PRESETS.items():
-        cfg = train.command_line(script.Config, script.PRESETS, ["--preset", name])
+        cfg = data.command_line(script.Config, script.PRESETS, ["--preset", name])
         assert cfg == script.Config(**preset | {"preset": name})
         if name != "sample" and script is sft:
             assert cfg.model == name
-        changed = train.command_line(script.Config, script.PRESETS, ["--steps", "7", f"--preset={name}"])
+        changed = data.command_line(script.Config, script.PRESETS, ["--steps", "7", f"--preset={name}"])
         assert changed == replace(cfg, steps=7)
-    sample = train.command_line(script.Config, script.PRESETS, ["--preset", "sample"])
-    assert train.command_line(script.Config, script.PRESETS, []) == sample  # with no options: the sample
-    own = train.command_line(script.Config, script.PRESETS, ["--data", "own.jsonl"])
+    sample = data.command_line(script.Config, script.PRESETS, ["--preset", "sample"])
+    assert data.command_line(script.Config, script.PRESETS, []) == sample  # with no options: the sample
+    own = data.command_line(script.Config, script.PRESETS, ["--data", "own.jsonl"])
     assert own == script.Config(data=("own.jsonl",))  # its rates are not for other data
 
 
@@ -608,7 +608,7 @@ def test_presets_construct_and_parse(script):
 def test_the_designed_flags_are_there(script):
     names = {f.name for f in fields(script.Config)}
     assert names >= DESIGNED and ({"beta", "loss"} <= names) == (script is dpo)
-    cfg = train.command_line(script.Config, script.PRESETS, ["--data", "a.jsonl", "oasst1@0.5", "--lora-rank", "0",
+    cfg = data.command_line(script.Config, script.PRESETS, ["--data", "a.jsonl", "oasst1@0.5", "--lora-rank", "0",
                                                              "--checks", "c", "--micro-batch-tokens", "64"])
     assert (cfg.data, cfg.lora_rank, cfg.checks, cfg.micro_batch_tokens) == (("a.jsonl", "oasst1@0.5"), 0, "c", 64)
     assert dpo.Config().model == sft.Config().out  # the one leaves what the other takes
@@ -645,17 +645,17 @@ def script(module, *args, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *args])
     main = train.compare if module is train else module.main
     with pytest.raises(SystemExit) as stop:
-        train.run_script(main, train.Compare if module is train else module.Config, getattr(module, "PRESETS", None))
+        data.run_script(main, train.Compare if module is train else module.Config, getattr(module, "PRESETS", None))
     return stop.value.code, capsys.readouterr().err
 
 
-def is_short(text):
-    return "Traceback" not in text and 0 < len([line for line in text.splitlines() if re.search(r"\w", line)]) <= 5
+def is_short(text, lines=5):
+    return "Traceback" not in text and 0 < len([line for line in text.splitlines() if re.search(r"\w", line)]) <= lines
 
 
 def test_the_time_of_a_run_goes_on_over_resumptions(settings, tmp_path, monkeypatch):
     """Two slow steps, then the process dies; the time that the rest takes is added to theirs."""
-    cfg, step = settings(out=str(tmp_path), steps=4, save_every=1), train._step
+    cfg, step = settings(out=str(tmp_path), steps=4, save_every=1), train.step
 
     def slow(loss, optimizer, batches, state, *more):
         if state.step == 2:
@@ -663,10 +663,10 @@ def test_the_time_of_a_run_goes_on_over_resumptions(settings, tmp_path, monkeypa
         time.sleep(0.5)
         return step(loss, optimizer, batches, state, *more)
 
-    monkeypatch.setattr(train, "_step", slow)
+    monkeypatch.setattr(train, "step", slow)
     with pytest.raises(KeyError):
         sft.main(cfg)
-    monkeypatch.setattr(train, "_step", step)
+    monkeypatch.setattr(train, "step", step)
     sft.main(cfg)
     assert train.read_about(tmp_path)["seconds"] > 1.0
 
@@ -674,7 +674,7 @@ def test_the_time_of_a_run_goes_on_over_resumptions(settings, tmp_path, monkeypa
 def test_the_settings_shown_are_those_one_would_type():
     cfg = sft.Config(fsdp=True, prompts=("What now? | And then?", "Hi"), lr=0.5, bad_rows="skip",
                      data=("a b.jsonl", "oasst1"))
-    assert train.command_line(sft.Config, None, shlex.split(train.flags(cfg))) == cfg
+    assert data.command_line(sft.Config, None, shlex.split(train.flags(cfg))) == cfg
     assert train.flags(sft.Config()) == "the defaults"
     assert train.flags(cfg, besides=("prompts", "data", "fsdp", "bad_rows")) == "--lr 0.5"
 
@@ -684,7 +684,8 @@ def test_the_settings_shown_are_those_one_would_type():
     (["--overwrit"], "--overwrite"), (["--completely-different", "5"], "--help"), (["--no-overwrit"], "--overwrite")])
 def test_a_misspelt_flag_gets_a_suggestion(args, hint, monkeypatch, capsys):
     code, said = script(sft, *args, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 2 and hint in said and args[0].partition("=")[0].replace("_", "-") in said and is_short(said), said
+    assert code == 2 and hint in said and args[0].partition("=")[0] in said, said
+    assert is_short(said, lines=10), said  # tyro's words, in a box
 
 
 @pytest.mark.parametrize("args, hint", [
@@ -767,7 +768,7 @@ def test_the_commonest_failures_say_what_and_where_and_what_next(tiny_model, cha
 def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sft.py", "--model", "nowhere", "--debug"])
     with pytest.raises(FileNotFoundError):
-        train.run_script(sft.main, sft.Config, sft.PRESETS)
+        data.run_script(sft.main, sft.Config, sft.PRESETS)
 
 
 def test_the_hub_cannot_be_reached(tmp_path, chats, monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """Trials: training runs in processes that are killed, signalled or starved, cheap enough for hundreds of them.
 
 A fork server imports torch once and runs nothing; every run is a fork of it, which costs hundredths of a second where
-a new process costs three. The runs are real ones (`train.run_script` with sft.main or dpo.main), of a GPT-2 that is
+a new process costs three. The runs are real ones (`data.run_script` with sft.main or dpo.main), of a GPT-2 that is
 8 wide, and write what `uv run sft.py` writes. Only two things are replaced: the picture of the curves, which takes as
 long as all the rest, and the tokenizer's files, which are copied instead of made.
 """
@@ -162,15 +162,15 @@ def _run(job: Job, folder: str, prepare: Callable | None, more: dict) -> None:
 
     sys.argv = [f"{job.script}.py"]
     cfg = job.config(folder, **more)
-    train.command_line = lambda *_: cfg
-    train.plot_curves = lambda folders, path: train.write_file(path, "a picture")
-    data.save_tokenizer = lambda out: shutil.copytree(f"{job.data}/tokenizer", out, dirs_exist_ok=True)
+    data.command_line = lambda *_: cfg
+    train.plot_curves = lambda folders, path: data.write_file(path, "a picture")
+    data.save_tokenizer = lambda out, positions: shutil.copytree(f"{job.data}/tokenizer", out, dirs_exist_ok=True)
     if prepare:
         prepare()
     print("started", flush=True)
     code = 0
     try:
-        train.run_script(importlib.import_module(job.script).main, type(cfg))
+        data.run_script(importlib.import_module(job.script).main, type(cfg))
     except SystemExit as stop:
         code = stop.code
     except BaseException:

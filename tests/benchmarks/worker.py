@@ -13,11 +13,13 @@ import time
 from pathlib import Path
 from statistics import median
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from readback import messages_of
 
 import data
 
@@ -33,7 +35,7 @@ def measured_steps(rows: list, options: dict) -> list[int]:
 
 def rows_of_steps(load, path: str, options: dict) -> list:
     """The rows of the measured steps, of at most so many tokens, in the order in which ours takes them."""
-    rows = load([path], context=options["length"], val_fraction=0.0, seed=0).train
+    rows = load([path], data.Reading(context=options["length"], val_fraction=0.0)).train
     order = data.Order(rows, options["batch"], seed=0)
     return [rows[i] for step in measured_steps(rows, options) for i in order(step)]
 
@@ -49,7 +51,7 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
 
     stage, length = dpo if task == "dpo-lora" else sft, options["length"]
     if options.get("full_rows"):  # all of the same length, of the same text
-        rows = data.load_rows([path], context=length, val_fraction=0.0, seed=0).train
+        rows = data.load_rows([path], data.Reading(context=length, val_fraction=0.0, seed=0)).train
         ids = np.concatenate([row.ids for row in rows])[:64 * length]
         rows = data.Data([data.Row(row, np.arange(length) % 2 > 0) for row in ids.reshape(-1, length)], [], [], "full")
         data.load_rows = lambda *_, **__: rows
@@ -153,12 +155,12 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
         def says(ids) -> list[dict]:
             return [{"role": "assistant", "content": data.text_of(ids[:-1])}]
 
-        rows = [{"prompt": data.messages_of(p.prompt)[:-1], "chosen": says(p.chosen), "rejected": says(p.rejected)}
+        rows = [{"prompt": messages_of(p.prompt)[:-1], "chosen": says(p.chosen), "rejected": says(p.rejected)}
                 for p in rows_of_steps(data.load_pairs, path, options)]
         trainer = DPOTrainer(network, args=DPOConfig(**common, beta=0.1), train_dataset=Dataset.from_list(rows),
                              processing_class=tokenizer, peft_config=lora, callbacks=[Clock()])
     else:
-        rows = [{"messages": data.messages_of(r.ids)} for r in rows_of_steps(data.load_rows, path, options)]
+        rows = [{"messages": messages_of(r.ids)} for r in rows_of_steps(data.load_rows, path, options)]
         trainer = SFTTrainer(network, args=SFTConfig(**common, assistant_only_loss=True, packing=False),
                              train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                              peft_config=lora if task == "sft-lora" else None, callbacks=[Clock()])
@@ -245,7 +247,7 @@ def read(path: str, options: dict) -> dict:
                 file.write(text.replace('"text": "', f'"text": "{n} ') + "\n")
     data.tokenizer()
     began = time.perf_counter()
-    rows = data.load_rows([f"{name}:{copies}"], val_fraction=0.0).train
+    rows = data.load_rows([f"{name}:{copies}"], data.Reading(val_fraction=0.0)).train
     seconds = time.perf_counter() - began
     copies.unlink()
     return {"rows": len(rows), "tokens": sum(map(len, rows)), "seconds": seconds}
