@@ -47,7 +47,9 @@ class Config:
     top_k: int = 0  # draw only from this many likeliest tokens; 0 from all
     top_p: float = 1.0  # draw only from the likeliest tokens that together have this probability; 1 from all
     min_p: float = 0.05  # draw only tokens at least this many times as likely as the likeliest; 0 any
-    repetition_penalty: float = 1.0  # above 1, tokens already in the conversation become less likely
+    # above 1, tokens already in the conversation become less likely, the end of a reply excepted: a logit is divided by
+    # it, or multiplied where it is negative, as in transformers; so a model whose logits lie far below 0 feels it more
+    repetition_penalty: float = 1.0
     max_new_tokens: int = 256  # tokens of a reply at most
     seed: int | None = None  # the same seed, settings and messages give the same replies; None: others every time
     device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
@@ -273,12 +275,10 @@ class Chat:
 
         def load():
             device = model.pick_device(cfg.device)
-            if cfg.precision == "int8" and device.type != "cpu":
-                raise ValueError("--precision int8 is for the CPU: elsewhere use bf16, or --device cpu")
-            gpt = model.GPT.from_pretrained(name).to(device, model.pick_precision(cfg.precision, device)).eval()
+            gpt = model.GPT.from_pretrained(name).to(device)
             self.parameters = sum(weight.numel() for weight in gpt.parameters())
-            if cfg.precision == "int8":
-                model.quantise(gpt)
+            self.precision = model.pick_precision(cfg.precision, device, small=gpt.config.n_embd < 512)
+            gpt = model.for_generation(gpt, self.precision)
             return gpt
 
         if here:
@@ -569,7 +569,7 @@ def stats(session: Session, argument: str) -> None:
     for chat in session.chats:
         gpt, s = chat.gpt, chat.stats
         about = [f"{chat.parameters / 1e6:,.1f}M parameters ({gpt.config.n_layer} layers, {gpt.config.n_embd} wide), "
-                 f"{'int8' if gpt.lm_head else gpt.wte.weight.dtype} on {gpt.device}".replace("torch.", ""),
+                 f"{chat.precision} on {gpt.device}",
                  f"exchanges: {len(exchanges(chat.messages))}, in the context: {chat.used}"]
         if s.written:
             about += [f"last reply: {s.written:,} tokens in {s.seconds:.2f} s, {s.written / s.seconds:,.0f} a second, "

@@ -53,6 +53,8 @@ class lazy:
 
 
 np = lazy("numpy")
+# before torch: MKL's products are then the same, bit for bit, from one thread and from two, and no slower
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 HERE = Path(__file__).parent
 EOT = 50256                              # <|endoftext|>, the one control token

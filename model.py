@@ -20,7 +20,9 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,7 +62,7 @@ SIZES = {
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Each position sees itself and all before it. Rows padded on the right need no mask under this."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    return mix(q, k, v, dropout=dropout, causal=True)
 
 
 class Attention(nn.Module):
@@ -90,9 +92,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, attend, layer: int, dropout: float) -> Tensor:
@@ -117,8 +119,8 @@ class GPT(nn.Module):
         self.wte = nn.Embedding.from_pretrained(tokens, freeze=False)  # also the output head: GPT-2 ties the two
         self.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.lm_head = None  # wte itself, but for a copy that is faster: see quantise() and share_equal_rows()
+        self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.lm_head = None  # wte itself, but for a copy that is faster: see for_generation() and share_equal_rows()
         if not self.wte.weight.is_meta:
             self.apply(self._init_weights)
 
@@ -138,6 +140,7 @@ class GPT(nn.Module):
         """The last layer's output, normalised and ready for the head: (B, T) ids to (B, T, C)."""
         if tokens.shape[-1] > self.config.n_positions and positions is None:
             raise ValueError(f"{tokens.shape[-1]} tokens do not fit the model's {self.config.n_positions} positions")
+        leave_busy_cores()
         if positions is None:
             positions = torch.arange(tokens.shape[-1], device=tokens.device)
         attend = attend or causal_attention
@@ -175,7 +178,7 @@ class GPT(nn.Module):
     def predicting(self, batch) -> Tensor:
         """The last layer's output where it predicts a target of the batch: (M, C)."""
         hidden = self.hidden(batch.tokens[None], batch.positions[None], Packed(batch.spans))[0]   # (N, C)
-        return hidden[batch.index]
+        return hidden.index_select(0, batch.index)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path) -> GPT:
@@ -219,8 +222,7 @@ class Packed:
                             for z in (k, v))
             if i not in self.masks:  # in the first layer, for all of them
                 self.masks[i] = sees_up_to_itself(span.tokens, keys.shape[2], keys.device)
-            mixed.append(F.scaled_dot_product_attention(q[i], keys, values, attn_mask=self.masks[i],
-                                                        dropout_p=dropout))
+            mixed.append(mix(q[i], keys, values, self.masks[i], dropout))
         # joined as (1, N, H, D), which is how the next projection reads it: else all would be copied once more
         return torch.cat([y.transpose(1, 2) for y in mixed], dim=1).transpose(1, 2)
 
@@ -244,7 +246,7 @@ class KVCache:
     def __init__(self, gpt: GPT, rows: int = 1, pads: list[int] | None = None, positions: int | None = None):
         c = gpt.config
         shape = (c.n_layer, rows, c.n_head, positions or c.n_positions, c.n_embd // c.n_head)
-        self.keys = torch.empty(shape, device=gpt.device, dtype=gpt.ln_f.weight.dtype)
+        self.keys = torch.empty(shape, device=gpt.device, dtype=gpt.wte.weight.dtype)
         self.values = torch.empty_like(self.keys)
         self.ids: list[int] = []  # the tokens of a single row, to find what a new prompt shares with them
         self.length = 0
@@ -252,6 +254,7 @@ class KVCache:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         new, end = k.shape[2], self.length + k.shape[2]
+        q, k, v = (z.to(self.keys.dtype) for z in (q, k, v))
         self.keys[layer, :, :, self.length:end] = k
         self.values[layer, :, :, self.length:end] = v
         if self.length == 0 and self.pads is None:  # a prompt: without a mask, the kernel skips what none may see
@@ -263,7 +266,7 @@ class KVCache:
             real = (place >= self.pads[:, None])[:, None, None]                # (B, 1, 1, end)
             itself = place == place[self.length:, None]  # a pad sees itself: a softmax over nothing would be NaN
             mask = real | itself if mask is None else mask & real | itself     # (B, 1, new, end)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return mix(q, k, v, mask)
 
     @torch.inference_mode()
     def extend(self, gpt: GPT, tokens: Tensor) -> Tensor:
@@ -290,12 +293,13 @@ class KVCache:
 
 
 def choose(logits: Tensor, seen: list[int], temperature: float, top_k: int, top_p: float, min_p: float,
-           repetition_penalty: float, generator: torch.Generator) -> int:
+           repetition_penalty: float, generator: torch.Generator, stop: int | None = None) -> int:
     """Draw the next id from (V,) logits; temperature 0 takes the likeliest."""
     logits = logits.float().cpu()
     if repetition_penalty != 1.0 and seen:
-        # Keskar et al. 2019 (CTRL), section 4.1: divide a seen token's logit, or multiply it where it is negative
-        place = torch.tensor(sorted(set(seen)))
+        # Keskar et al. 2019 (CTRL), section 4.1: divide a seen token's logit, or multiply it where it is negative; to
+        # stop is no repetition
+        place = torch.tensor(sorted(set(seen) - {stop}), dtype=torch.long)
         logits = logits.clone()
         logits[place] = torch.where(logits[place] > 0, logits[place] / repetition_penalty,
                                     logits[place] * repetition_penalty)
@@ -332,7 +336,7 @@ def generate(gpt: GPT, ids: list[int], max_new_tokens: int = 256, *, temperature
     ids, written, start = list(ids), len(ids), window_start(len(ids), gpt.config.n_positions)
     logits = cache.continue_from(gpt, ids[start:])
     while True:
-        token = choose(logits[0], ids, temperature, top_k, top_p, min_p, repetition_penalty, generator)
+        token = choose(logits[0], ids, temperature, top_k, top_p, min_p, repetition_penalty, generator, stop)
         if token == stop:
             return
         yield token
@@ -370,9 +374,9 @@ def head(gpt: GPT, hidden: Tensor) -> Tensor:
     """hidden wte^T, (..., C) to (..., V), by the fastest way there is."""
     if gpt.lm_head:
         return gpt.lm_head(hidden)
-    if hidden.is_cuda and hidden.itemsize < 4:  # probabilities want more digits than bf16 has
-        logits = LogProbs.logits(hidden.reshape(-1, hidden.shape[-1]), gpt.wte.weight)   # (V, rows)
-        return logits.t().reshape(*hidden.shape[:-1], -1)
+    if hidden.itemsize < 4:
+        logits = wide_product(hidden.reshape(-1, hidden.shape[-1]), gpt.wte.weight.t())
+        return logits.view(*hidden.shape[:-1], -1)
     return linear(hidden, gpt.wte.weight)
 
 
@@ -406,11 +410,11 @@ class LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, log_count: Tensor | None = None) -> Tensor:
         working, wide = LogProbs.precisions(weight)
-        h, head = hidden.to(working), weight.to(working)
+        h, head = hidden.to(working), centred(weight, working)
         top = torch.full_like(targets, -math.inf, dtype=wide)                               # (M,)
         total, mean = torch.zeros_like(top), torch.zeros_like(hidden, dtype=wide)           # (M,), (M, C)
         for start, rows in zip(range(0, len(head), LogProbs.BLOCK), head.split(LogProbs.BLOCK), strict=True):
-            logits = LogProbs.logits(h, rows)                                               # (block, M)
+            logits = wide_product(rows, h.t())                                              # (block, M)
             rounded, logits = logits.dtype, logits.to(wide)
             if log_count is not None:
                 logits.add_(log_count[start:start + LogProbs.BLOCK, None])
@@ -433,10 +437,10 @@ class LogProbs(torch.autograd.Function):
         hidden, weight, targets, logsumexp, slope = ctx.saved_tensors
         grad_hidden, grad_weight = (grad[:, None] * slope).to(hidden.dtype), None
         if ctx.needs_input_grad[1]:
-            h, head, grad_weight = hidden.to(ctx.working), weight.to(ctx.working), torch.empty_like(weight)
+            h, head, grad_weight = hidden.to(ctx.working), centred(weight, ctx.working), torch.empty_like(weight)
             scaled = h * grad[:, None].to(h.dtype)                                          # (M, C)
             for rows, grad_rows in zip(head.split(LogProbs.BLOCK), grad_weight.split(LogProbs.BLOCK), strict=True):
-                logits = LogProbs.logits(h, rows).to(logsumexp.dtype)                       # (block, M)
+                logits = wide_product(rows, h.t()).to(logsumexp.dtype)                       # (block, M)
                 softmax = logits.sub_(logsumexp).exp_()
                 grad_rows.copy_(-softmax.to(h.dtype) @ scaled)
             grad_weight.index_add_(0, targets, scaled.to(weight.dtype))
@@ -449,10 +453,20 @@ class LogProbs(torch.autograd.Function):
         working = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         return working, torch.promote_types(working, torch.float32)
 
-    @staticmethod
-    def logits(h: Tensor, rows: Tensor) -> Tensor:
-        """rows h^T; on CUDA fp32 also from bf16 factors: near -100, where GPT-2's logits lie, bf16 steps by 0.5."""
-        return torch.mm(rows, h.t(), out_dtype=torch.float32) if h.is_cuda and h.itemsize < 4 else rows @ h.t()
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b; on CUDA in fp32 also from bf16 factors, for probabilities want more digits than bf16 has."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.itemsize < 4 else a @ b
+
+
+def centred(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """wte as the head reads it in fewer digits: without the mean of its rows, which adds the same to every logit.
+
+    That changes no probability. But numbers near -100, where OpenAI's logits lie, are 0.5 apart in bf16.
+    """
+    if dtype == weight.dtype:
+        return weight
+    return torch.sub(weight, weight.mean(0), out=torch.empty_like(weight, dtype=dtype))
 
 
 class TotalLogProb(torch.autograd.Function):
@@ -468,11 +482,11 @@ class TotalLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         working, wide = LogProbs.precisions(weight)
-        head, total = weight.to(working), torch.zeros((), dtype=wide, device=weight.device)
+        head, total = centred(weight, working), torch.zeros((), dtype=wide, device=weight.device)
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         parts = (x.split(TotalLogProb.ROWS) for x in (hidden.to(working), targets, grad_hidden))
         for h, target, grad_h in zip(*parts, strict=True):
-            logits = LogProbs.logits(h, head).to(wide)                                      # (V, rows)
+            logits = wide_product(head, h.t()).to(wide)                                      # (V, rows)
             logits -= logits.amax(0)
             own = logits.gather(0, target[None])                                            # (1, rows)
             odds = logits.exp_()
@@ -518,12 +532,55 @@ def share_equal_rows(gpt: GPT) -> None:
         gpt.lm_head = SharedRows(weight[first], place, count)
 
 
-# ---- few rows on many cores ----------------------------------------------------------------------
+# ---- what a CPU does sooner ----------------------------------------------------------------------
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
+        causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, (B, H, T, D): PyTorch's fused attention.
+
+    On a CPU bf16 goes by way of fp32, whose kernel is as fast for long texts, takes two fifths of the time for short
+    ones and a third for one query, and rounds less.
+    """
+    if q.device.type == "cpu" and q.itemsize < 4 and q.shape[2] <= 256:
+        training = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+        with training:
+            return mix(q.float(), k.float(), v.float(), mask, dropout, causal).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm whose gain and bias get the same gradient, bit for bit, from any number of threads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and self.weight.requires_grad and torch.is_grad_enabled():
+            return NormByTokens.apply(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+
+class NormByTokens(torch.autograd.Function):
+    """The layer norm of (.., C); PyTorch's own gradient of gain and bias sums up by thread, this one by token."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # as autocast has it for norms
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y, mean, scale = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, scale)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, bias, mean, scale = ctx.saved_tensors
+        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(grad, x, weight.shape, mean, scale, weight, bias,
+                                                                 [True, False, False])
+        normal = ((x - mean) * scale).mul_(grad)
+        return grad_x, normal.flatten(0, -2).sum(0), grad.flatten(0, -2).sum(0), None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -579,7 +636,57 @@ def generate_batch(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, stop
     return replies
 
 
-# ---- int8 weights, for generation ----------------------------------------------------------------
+# ---- fewer digits, for generation ----------------------------------------------------------------
+
+
+@torch.no_grad()
+def for_generation(gpt: GPT, precision: str) -> GPT:
+    """The model in fp32, or with its large matrices rounded to bf16 or int8, which are read sooner: not to be trained.
+
+    The residual stream, norms and biases stay in fp32, as in training: GPT-2's stream has a few values hundreds of
+    times as large as the others. Raises ValueError for int8 on anything but a CPU.
+    """
+    if precision == "int8" and gpt.device.type != "cpu":
+        raise ValueError("--precision int8 is for the CPU: elsewhere use bf16, or --device cpu")
+    if precision in ("bf16", "int8"):
+        layer_of = Int8Linear if precision == "int8" else Bf16Linear
+        for part in [half for block in gpt.h for half in (block.attn, block.mlp)]:
+            for name, layer in list(part.named_children()):
+                setattr(part, name, layer_of(layer.weight, layer.bias))
+        mean = gpt.wte.weight.mean(0)
+        centred = layer_of(gpt.wte.weight - mean)
+        gpt.lm_head = CentredHead(centred, mean)
+        gpt.wte.weight = nn.Parameter(centred.weight if precision == "bf16" else (gpt.wte.weight - mean).bfloat16())
+        gpt.wpe.weight += mean
+    return gpt.eval()
+
+
+class CentredHead(nn.Module):
+    """A head in few digits, see `centred`; what that leaves out is added in fp32: logits are what they are."""
+
+    def __init__(self, product: nn.Module, mean: Tensor):
+        super().__init__()
+        self.product = product
+        self.register_buffer("mean", mean)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.product(hidden).float() + (hidden.float() @ self.mean)[..., None]
+
+
+class Bf16Linear(nn.Module):
+    """A linear layer in bf16; on CUDA what comes out has fp32's digits."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.register_buffer("weight", weight.bfloat16())
+        self.register_buffer("bias", bias if bias is None else bias.bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.bfloat16()
+        if not x.is_cuda:
+            return F.linear(x, self.weight, self.bias)
+        y = wide_product(x.flatten(0, -2), self.weight.t()).unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
 
 
 class Int8Linear(nn.Module):
@@ -607,16 +714,6 @@ class Int8Linear(nn.Module):
             y = linear(rows, self.int8.to(x.dtype))
         y = torch.addcmul(self.bias, y, self.scale)                            # what the kernel rounds is y alone
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
-
-
-@torch.no_grad()
-def quantise(gpt: GPT) -> None:
-    """Replace all projections by int8 ones, and give the head an int8 copy of the embedding. For generation only."""
-    for block in gpt.h:
-        for part in (block.attn, block.mlp):
-            for name, layer in list(part.named_children()):
-                setattr(part, name, Int8Linear(layer.weight, layer.bias))
-    gpt.lm_head = Int8Linear(gpt.wte.weight)
 
 
 # ---- weights in and out --------------------------------------------------------------------------
@@ -775,16 +872,50 @@ def pick_device(wanted: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """bf16 only where the hardware multiplies in it: elsewhere it is several times slower than fp32."""
+def pick_precision(wanted: str, device: torch.device, small: bool = False) -> str:
+    """auto: bf16 where the hardware multiplies in it; elsewhere it is several times slower than fp32.
+
+    small: work of few products, which are bf16's gain, and many small calls, which it adds to. GPT2_CHAT_BF16=0 or =1
+    in the environment says what a CPU is taken for, so that either kind can be tested on the other.
+    """
     if wanted != "auto":
-        return torch.bfloat16 if wanted == "bf16" else torch.float32
+        return wanted
     if device.type == "cuda":
         with torch.cuda.device(device):
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return torch.bfloat16 if fast else torch.float32
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    fast = device.type == "cpu" and bool(int(os.environ.get("GPT2_CHAT_BF16", has_units)))
+    return "bf16" if fast and not small else "fp32"
+
+
+class Cores:
+    """What is remembered between two looks at the machine."""
+
+    most = 0                # threads, if the machine is ours alone
+    looked = idle = own = 0.0   # seconds: when, and until then the machine's idle time and ours on the CPU
+
+
+def leave_busy_cores() -> None:
+    """Twice a second, take as many threads as there are cores that others leave to us.
+
+    The threads of a product wait for one another thousands of times a second, awake. If one has to share its core with
+    another program, all wait for its turns: on two cores, beside one busy program, training went on at a thirtieth of
+    its speed. One thread and two give the same numbers, bit for bit (see MKL_CBWR in data.py). OMP_NUM_THREADS, if set,
+    is obeyed instead.
+    """
+    now = time.monotonic()
+    if now - Cores.looked < 0.5 or "OMP_NUM_THREADS" in os.environ:
+        return
+    times, own = psutil.cpu_times(), time.process_time()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    if not Cores.looked:
+        Cores.most = torch.get_num_threads()
+    elif Cores.most > 1:
+        free = (idle - Cores.idle + own - Cores.own) / (now - Cores.looked)     # cores, on average since the last look
+        threads = max(1, min(Cores.most, int(free + 0.25)))
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+    Cores.looked, Cores.idle, Cores.own = now, idle, own
 
 
 def memory_estimate(gpt: GPT, tokens: int, context: int, dtype: torch.dtype, shards: int = 1) -> int:

@@ -8,8 +8,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one test per core: threads would only
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
 from hypothesis import settings
+
+import data  # noqa: F401 - before torch, for what it puts into the environment
+
+import torch  # isort: skip
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the tests have two cores; OMP_NUM_THREADS=1 is obeyed
 settings.register_profile("laws", deadline=None, derandomize=True, database=None)  # the same examples for everyone

@@ -752,7 +752,7 @@ def test_loaded_text_cannot_command_the_terminal(terminal):
 def test_stats(terminal):
     terminal.say("Hello")
     shown = terminal.say("/stats")
-    assert "[runs/dpo]" in shown and "2 layers, 64 wide" in shown and re.search(r"(float32|bfloat16) on cpu", shown)
+    assert "[runs/dpo]" in shown and "2 layers, 64 wide" in shown and re.search(r"(fp32|bf16) on cpu", shown)
     assert re.search(r"exchanges: 1, in the context: \d+ of 1,024 tokens", shown)
     assert re.search(r"last reply: \d+ tokens in", shown)
 

@@ -427,7 +427,7 @@ def test_a_resumed_run_has_the_reference_of_the_first(more, settings, tmp_path, 
 def learnt(after_lora, settings, tmp_path_factory):
     """A run with LoRA on an SFT with LoRA, until every pair is told apart."""
     cfg = settings(model=str(after_lora), out=str(tmp_path_factory.mktemp("dpo") / "run"), steps=16, batch_size=4,
-                   lr=1e-2, lora_rank=4, eval_every=8, val_fraction=0.2, prompts=("Is water wet?",))
+                   lr=1e-2, lora_rank=4, eval_every=8, val_fraction=0.2, prompts=("Is water wet?",), precision="fp32")
     return cfg, dpo.main(cfg)
 
 

