@@ -1,6 +1,7 @@
 """Compare with TRL + PEFT, transformers and CTranslate2, on the same data, model, precision and threads.
 
     uv run --group bench tests/benchmarks/run.py --data oasst1            (or oasst1:trees.jsonl, a local copy)
+    uv run tests/benchmarks/run.py --tasks busy                           the sample beside a program on one core
 
 Every measurement is a process of its own (worker.py); the systems alternate within one run, because machines are
 noisy, and the medians of their repeats are compared. Models are GPT-2s with random weights, made by transformers:
@@ -11,10 +12,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
+import psutil
+import torch
 import tyro
 
 HERE = Path(__file__).parent
@@ -29,7 +33,8 @@ class Config:
     data: str = "oasst1"  # conversations with ranks: oasst1, or oasst1:PATH
     work: str = "runs/bench"  # where models and runs go
     # what to measure
-    tasks: tuple[str, ...] = ("sft-full", "sft-lora", "dpo-lora", "decode", "lengths", "data", "sizes")
+    tasks: tuple[str, ...] = ("sft-full", "sft-lora", "dpo-lora", "decode", "lengths", "data", "sizes", "busy")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of all systems in training; auto: what sft.py takes here
     repeats: int = 3  # processes of each system; medians are reported
     steps: int = 16  # optimiser steps a process: of 100 trees, so many are as padded and as alike as a whole epoch
     new: int = 120  # tokens decoded
@@ -50,10 +55,10 @@ def make_model(name: str, work: Path) -> Path:
 
 def measure(cfg: Config, system: str, task: str, folder: Path, **options) -> dict:
     options = {"threads": cfg.threads, "steps": cfg.steps, "batch": 8, "rank": 8, "micro_batch_tokens": 2048,
-               "length": 512} | options
-    out = Path(cfg.work, f"{system}-{task}" + ("-int8" if options.get("int8") else ""))
+               "length": 512, "precision": cfg.precision} | options
+    out = Path(cfg.work, f"{system}-{task}-{options['precision']}")
     command = [sys.executable, HERE / "worker.py", system, task, folder, cfg.data, out, json.dumps(options)]
-    threads = {"OMP_NUM_THREADS": str(cfg.threads)}
+    threads = {} if options.get("alone") else {"OMP_NUM_THREADS": str(cfg.threads)}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | threads)
     for line in reversed(done.stdout.splitlines()):
         if line.startswith("RESULT "):
@@ -86,8 +91,8 @@ def alternating(cfg: Config, systems: dict[str, tuple[str, dict]], task: str, fo
 
 
 def training(cfg: Config, folder: Path, rate: float) -> None:
-    header("training, fp32", "unit", "ours", "TRL + PEFT", "ratio", "peak GB, ours", "peak GB, TRL", "ratio",
-           "ours, of the machine's matrix products")
+    header(f"training, {cfg.precision}", "unit", "ours", "TRL + PEFT", "ratio", "peak GB, ours", "peak GB, TRL",
+           "ratio", "ours, of the machine's matrix products")
     for task, batch in TRAINING.items():
         if task not in cfg.tasks:
             continue
@@ -102,11 +107,13 @@ def training(cfg: Config, folder: Path, rate: float) -> None:
 
 def decoding(cfg: Config, folder: Path) -> None:
     contexts = {"contexts": [64, 1020 - cfg.new], "new": cfg.new}
-    kinds = {"ours": ("ours", {}), "transformers": ("transformers", {}), "CTranslate2": ("ctranslate2", {}),
-             "ours, int8 weights": ("ours", {"int8": True}), "CTranslate2, int8": ("ctranslate2", {"int8": True})}
-    found = alternating(cfg, {k: (s, o | contexts) for k, (s, o) in kinds.items()}, "decode", folder)
+    systems = {"ours": ("fp32", "bf16", "int8"), "transformers": ("fp32", "bf16"), "ctranslate2": ("fp32", "int8")}
+    kinds = {f"{system}, {precision}": (system, contexts | {"precision": precision})
+             for system, precisions in systems.items() for precision in precisions
+             if precision != "bf16" or cfg.precision == "bf16"}
+    found = alternating(cfg, kinds, "decode", folder)
     short, long = contexts["contexts"]
-    header("decoding, fp32 unless said", *(f"{what}, {context}" for context in (short, long)
+    header("decoding", *(f"{what}, {context}" for context in (short, long)
                                            for what in ("first token (ms)", "tokens/s")), "peak GB")
     for kind, m in found.items():
         row(kind, f"{m[f'first_{short}'] * 1e3:.0f}", f"{m[f'decode_{short}']:.1f}", f"{m[f'first_{long}'] * 1e3:.0f}",
@@ -114,7 +121,7 @@ def decoding(cfg: Config, folder: Path) -> None:
 
 
 def sizes(cfg: Config, folder: Path) -> None:
-    header("LoRA SFT by size", "tokens/s", "peak GB")
+    header(f"LoRA SFT by size, {cfg.precision}", "tokens/s", "peak GB")
     for name in model.SIZES:
         found = measure(cfg, "ours", "sft-lora", make_model(name, folder.parent), steps=2, batch=2,
                         micro_batch_tokens=1024, recompute=name == "gpt2-xl")
@@ -123,10 +130,40 @@ def sizes(cfg: Config, folder: Path) -> None:
 
 
 def lengths(cfg: Config, folder: Path) -> None:
-    header("LoRA SFT by length of the rows", "tokens/s", "peak GB")
+    header(f"LoRA SFT by length of the rows, {cfg.precision}", "tokens/s", "peak GB")
     for length in (128, 256, 512, 1024):
         found = measure(cfg, "ours", "sft-lora", folder, steps=3, length=length, batch=2048 // length, full_rows=True)
         row(length, f"{found['tokens_per_second']:.3g}", f"{found['peak'] / 1e9:.2f}")
+
+
+def busy(cfg: Config, folder: Path) -> None:
+    """The sample's stages, idle and beside a program that keeps one core busy; threads are left to the scripts."""
+    work = Path(cfg.work, "busy")
+    alone = ["--eval-every", "0", "--save-every", "0", "--log-every", "1", "--overwrite"]
+    silent = [*alone, "--prompts", "--checks", ""]
+    sft, base = str(work / "sft"), str(work / "base")
+    stages = {"sft.py": (["sft.py", *silent, "--steps", "60", "--out", sft], sft),
+              "dpo.py": (["dpo.py", *silent, "--steps", "20", "--model", sft, "--out", str(work / "dpo")], work / "dpo"),
+              "make.py": (["sample/make.py", *alone, "--steps", "30", "--to", str(work / "to"), "--out", base], base)}
+    found: dict[str, dict] = {name: {"idle": [], "busy": []} for name in [*stages, "chat"]}
+    for _ in range(cfg.repeats):
+        for state in ("idle", "busy"):
+            other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if state == "busy" else None
+            try:
+                for name, (command, out) in stages.items():
+                    subprocess.run([sys.executable, *command], cwd=HERE.parents[1], check=True, capture_output=True)
+                    records = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()][5:]
+                    found[name][state].append(len(records) / sum(1 / r["tokens_per_second"] for r in records))
+                decoded = measure(cfg, "ours", "decode", Path(sft), contexts=[64], new=800, alone=True)
+                found["chat"][state].append(decoded["decode_64"])
+            finally:
+                if other:
+                    other.kill()
+                    other.wait()
+    header("sample, tokens/s", "idle", "beside one busy core", "ratio")
+    for name, rates in found.items():
+        idle, beside = median(rates["idle"]), median(rates["busy"])
+        row(name, f"{idle:,.0f}", f"{beside:,.0f}", f"{beside / idle:.2f}")
 
 
 def data_sizes(cfg: Config, folder: Path) -> None:
@@ -136,19 +173,32 @@ def data_sizes(cfg: Config, folder: Path) -> None:
         row(f"{times} x", f"{found['rows']:,.0f}", f"{found['tokens']:,.0f}", f"{found['seconds']:.2f}")
 
 
+def processor() -> str:
+    """What the tables were made on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "some processor")
+    known = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
+    kinds = [kind for kind in known if any(f" {kind}" in line for line in lines)]
+    return f"{name}, {psutil.cpu_count(logical=False)} cores ({', '.join(kinds)})"
+
+
 def main(cfg: Config) -> None:
     work = Path(cfg.work)
     work.mkdir(parents=True, exist_ok=True)
     folder = make_model("gpt2", work)
-    before = measure(cfg, "ours", "matmul", folder)
+    if cfg.precision == "auto":
+        cfg = replace(cfg, precision=model.pick_precision("auto", torch.device("cpu")))
+    before = measure(cfg, "ours", "machine", folder)
     if set(cfg.tasks) & set(TRAINING):
-        training(cfg, folder, before["fp32"])
-    for task, run in (("decode", decoding), ("lengths", lengths), ("data", data_sizes), ("sizes", sizes)):
+        training(cfg, folder, before[cfg.precision])
+    for task, run in (("decode", decoding), ("lengths", lengths), ("data", data_sizes), ("sizes", sizes),
+                      ("busy", busy)):
         if task in cfg.tasks:
             run(cfg, folder)
-    after = measure(cfg, "ours", "matmul", folder)
-    print("\nmatrix products, GFLOP/s (before, after): "
-          + ", ".join(f"{k} {before[k]:.3g}, {after[k]:.3g}" for k in before))
+    after = measure(cfg, "ours", "machine", folder)
+    units = {"memory": "GB/s", "fp32": "GFLOP/s", "bf16": "GFLOP/s"}
+    print(f"\n{processor()}; the machine's own rates, before and after: "
+          + ", ".join(f"{name} {before[name]:.3g} and {after[name]:.3g} {units[name]}" for name in before))
 
 
 if __name__ == "__main__":

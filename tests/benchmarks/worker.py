@@ -58,7 +58,8 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
     cfg = stage.Config(model=folder, data=(path,), out=out, steps=options["steps"], batch_size=options["batch"],
                        context=length, lora_rank=0 if task == "sft-full" else options["rank"], checks="", prompts=(),
                        val_fraction=0.0, eval_every=0, save_every=0, overwrite=True, lr=1e-5,
-                       micro_batch_tokens=options["micro_batch_tokens"], recompute=options.get("recompute", False))
+                       micro_batch_tokens=options["micro_batch_tokens"], recompute=options.get("recompute", False),
+                       precision=options["precision"])
     taken, seconds, work, step_batches = {}, [], {}, stage.step_batches
 
     def watched(rows, *args):
@@ -110,11 +111,7 @@ def operations(batch, task: str) -> float:
 def ours_generate(folder: str, options: dict) -> dict:
     import model
 
-    gpt = model.GPT.from_pretrained(folder).eval()
-    if options.get("dtype") == "bf16":
-        gpt = gpt.bfloat16()
-    if options.get("int8"):
-        model.for_generation(gpt, "int8")
+    gpt = model.for_generation(model.GPT.from_pretrained(folder), options["precision"])
 
     def run(prompt: list[int], new: int) -> list[float]:
         stamps = [time.perf_counter()]
@@ -140,7 +137,7 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
                       fan_in_fan_out=True, task_type="CAUSAL_LM")
     common = {"output_dir": out, "per_device_train_batch_size": options["batch"], "max_steps": options["steps"],
               "learning_rate": 1e-5, "save_strategy": "no", "report_to": "none", "max_length": options["length"],
-              "gradient_checkpointing": options.get("recompute", False), "bf16": False,
+              "gradient_checkpointing": options.get("recompute", False), "bf16": options["precision"] == "bf16",
               "use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True}
     took, tokens = [], []
 
@@ -179,7 +176,7 @@ def transformers_generate(folder: str, options: dict) -> dict:
     from transformers import AutoModelForCausalLM
     from transformers.generation.streamers import BaseStreamer
 
-    dtype = torch.bfloat16 if options.get("dtype", "fp32") == "bf16" else torch.float32
+    dtype = torch.bfloat16 if options["precision"] == "bf16" else torch.float32
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
     class Clock(BaseStreamer):
@@ -204,7 +201,7 @@ def transformers_generate(folder: str, options: dict) -> dict:
 def ctranslate2_generate(folder: str, out: str, options: dict) -> dict:
     import ctranslate2
 
-    kind = "int8" if options.get("int8") else "float32"
+    kind = {"fp32": "float32", "int8": "int8"}[options["precision"]]
     if not Path(out, "model.bin").exists():
         ctranslate2.converters.TransformersConverter(folder).convert(out, quantization=kind, force=True)
     engine = ctranslate2.Generator(out, compute_type=kind, intra_threads=torch.get_num_threads())
@@ -253,9 +250,16 @@ def read(path: str, options: dict) -> dict:
     return {"rows": len(rows), "tokens": sum(map(len, rows)), "seconds": seconds}
 
 
-def matmul() -> dict:
-    """The machine's own rate of matrix products, in GFLOP/s."""
-    rates = {}
+def machine() -> dict:
+    """The machine's own rates: of matrix products, in GFLOP/s, and of reading memory, in GB/s."""
+    block = torch.ones(1 << 28)
+    block.sum()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        block.sum()
+        times.append(time.perf_counter() - start)
+    rates = {"memory": block.numel() * 4 / min(times) / 1e9}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = torch.randn(1536, 1536).to(dtype), torch.randn(1536, 1536).to(dtype)
         times = []
@@ -270,9 +274,10 @@ def matmul() -> dict:
 def main() -> None:
     system, task, folder, path, out, options = sys.argv[1:7]
     options = json.loads(options)
-    torch.set_num_threads(options["threads"])
-    if task == "matmul":
-        result = matmul()
+    if not options.get("alone"):  # which leaves them to the scripts
+        torch.set_num_threads(options["threads"])
+    if task == "machine":
+        result = machine()
     elif task == "read":
         result = read(path, options | {"copies": f"{out}.jsonl"})
     elif task == "decode":
