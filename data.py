@@ -1438,6 +1438,7 @@ class Defaults:
 
     preset: str = ""
     config: str = ""
+    loss: str = ""
 
 
 def command_line(config: type, presets: dict[str, dict] | None = None, args: list[str] | None = None):
@@ -1455,6 +1456,9 @@ def command_line(config: type, presets: dict[str, dict] | None = None, args: lis
             values = presets[first.preset] | {"preset": first.preset}
         elif first.config:
             values = _saved_config(first.config, config)
+        own = values.get("loss", getattr(config, "loss", first.loss))   # the loss that a preset's or a run's beta is of
+        if first.loss not in ("", own):
+            values = {k: v for k, v in values.items() if k != "beta"} | {"loss": first.loss}
     return tyro.cli(config, default=config(**values), args=args, description=sys.modules[config.__module__].__doc__)
 
 

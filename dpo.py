@@ -48,18 +48,31 @@ class Config(Settings):
     lora_rank: int = 16  # rank of the LoRA adapters; 0 trains all weights
     dropout: float = 0.0  # always 0: noise that the reference lacks would count as reward; see --lora-dropout
 
-    loss: Literal["sigmoid", "ipo", "cdpo", "robust", "length-normalised", "simpo"] = "sigmoid"  # DPO or a relative
-    beta: float = 0.1  # how strongly the policy is held to the reference
+    # sigmoid is DPO; the others are its relatives
+    loss: Literal["sigmoid", "ipo", "cdpo", "robust", "length-normalised", "simpo", "apo-zero", "apo-down", "dpop",
+                  "orpo", "hinge"] = "sigmoid"
+    beta: float | None = None  # how strongly the policy is held to the reference; by default what suits the loss
     label_smoothing: float = 0.1  # share of preferences assumed to be wrong (cdpo and robust only)
-    simpo_margin: float = 0.5  # by how much a chosen reply should win (simpo only)
+    simpo_margin: float = 1.25  # by how much a chosen reply should win (simpo only)
+    dpop_lambda: float = 50.0  # how hard a chosen reply that becomes unlikelier is punished (dpop only)
     nll: float = 0.0  # weight of an added cross-entropy on the chosen reply, which keeps it from becoming unlikely
 
     row_name: ClassVar[str] = "pairs"
+
+    def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise ValueError(f"--loss is {self.loss}; it has to be one of {', '.join(LOSSES)}")
+        self.beta = BETAS.get(self.loss, 0.1) if self.beta is None else self.beta
+
+    @property
+    def has_reference(self) -> bool:
+        return self.loss not in REFERENCE_FREE
 
     def limits(self) -> dict[str, tuple[bool, str]]:
         return super().limits() | {
             "dropout": (self.dropout == 0, "0: DPO compares the model with itself before training"),
             "beta": (self.beta > 0, "above 0"), "nll": (self.nll >= 0, "0 or more"),
+            "dpop_lambda": (self.dpop_lambda >= 0, "0 or more"),
             "label_smoothing": (0 <= self.label_smoothing < 0.5, "0 or more and below 0.5: most preferences are right")}
 
 
@@ -150,8 +163,67 @@ def simpo(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
     return -logsigmoid(cfg.beta * margin - cfg.simpo_margin)
 
 
+def apo_zero(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
+    """1 - sigmoid(beta logratio_w) + sigmoid(beta logratio_l): the chosen reply likelier, the rejected one unlikelier.
+
+    D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, equation 7: for chosen replies better than the model's.
+    """
+    return 1 - torch.sigmoid(cfg.beta * chosen.logratio) + torch.sigmoid(cfg.beta * rejected.logratio)
+
+
+def apo_down(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
+    """sigmoid(beta logratio_w) + 1 - sigmoid(beta (logratio_w - logratio_l)): both unlikelier, the rejected one more.
+
+    D'Oosterlinck et al. 2024, equation 8: for a model whose own replies are better than the chosen ones.
+    """
+    apart = torch.sigmoid(cfg.beta * (chosen.logratio - rejected.logratio))
+    return torch.sigmoid(cfg.beta * chosen.logratio) + 1 - apart
+
+
+def dpop(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
+    """- log sigmoid(beta (logratio_w - logratio_l - lambda max(0, -logratio_w))): the chosen reply must not fall.
+
+    Pal et al. 2024 (Smaug), https://arxiv.org/abs/2402.13228, their DPO-Positive.
+    """
+    fall = torch.relu(-chosen.logratio)
+    return -logsigmoid(cfg.beta * (chosen.logratio - rejected.logratio - cfg.dpop_lambda * fall))
+
+
+def orpo(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
+    """- m_w - beta log sigmoid(log odds_w - log odds_l), where m = log pi / |y| and odds = e^m / (1 - e^m).
+
+    SFT on the chosen reply and a penalty on the rejected one, from a base model and in one stage: no reference in it.
+    Hong et al. 2024, https://arxiv.org/abs/2403.07691, equations 3, 4, 6 and 7, whose lambda is beta here.
+    """
+    means = [side.logp / side.length for side in (chosen, rejected)]
+    # a reply that is certain has infinite odds
+    odds = [mean - torch.log(-torch.expm1(mean.clamp(max=-1e-6))) for mean in means]
+    return -means[0] - cfg.beta * logsigmoid(odds[0] - odds[1])
+
+
+def hinge(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
+    """max(0, 1 - beta (logratio_w - logratio_l)): a margin of 1 / beta, and nothing to learn from pairs beyond it.
+
+    Liu et al. 2023 (RSO), https://arxiv.org/abs/2309.06657, their hinge-norm: SLiC's loss on DPO's log-ratios.
+    """
+    return torch.relu(1 - cfg.beta * (chosen.logratio - rejected.logratio))
+
+
 LOSSES = {"sigmoid": dpo, "ipo": ipo, "cdpo": cdpo, "robust": robust, "length-normalised": length_normalised,
-          "simpo": simpo}
+          "simpo": simpo, "apo-zero": apo_zero, "apo-down": apo_down, "dpop": dpop, "orpo": orpo, "hinge": hinge}
+REFERENCE_FREE = {"simpo", "orpo"}  # in these a reward is beta times the mean log-probability of a reply's tokens
+# Which beta suits a loss depends on what it multiplies: a difference of sums, a hundred nats, or of means, one nat.
+# With too small a beta a loss is a straight line, and no pair ever teaches less: tests/benchmarks/losses.py draws it.
+BETAS = {
+    "sigmoid": 0.1, "cdpo": 0.1, "robust": 0.1,  # Rafailov et al. 2023, appendix B
+    "ipo": 1.0,  # a target of half a nat a token: a sum of 50 over 100 tokens, where DPO's loss is all but satisfied
+    "length-normalised": 5.0,  # Lambert et al. 2024 (Tulu 3), its table of hyperparameters
+    "simpo": 2.5,  # Meng et al. 2024 took 2 to 2.5, and a margin of half of it (https://github.com/princeton-nlp/SimPO)
+    "apo-zero": 0.1, "apo-down": 0.1,  # D'Oosterlinck et al. 2024, section 5.2
+    "dpop": 0.3,  # Pal et al. 2024, with a lambda of 50
+    "orpo": 0.1,  # Hong et al. 2024: the lambda of their Mistral
+    "hinge": 0.1,  # TRL's default, which is a margin of 10 nats; to be measured
+}
 
 
 Logprobs = tuple["torch.Tensor", "torch.Tensor"]  # of the tokens of a pair's chosen and rejected reply
@@ -163,7 +235,9 @@ def dpo_loss(gpt, batch, reference: dict[int, Logprobs], cfg: Config) -> tuple[t
     Each reply's tokens are summed up, then each pair's two replies are looked up: one may be in several pairs.
     """
     logprobs = gpt.target_logprobs(batch)                                      # (M,) over all tokens of all replies
-    ref_logprobs = torch.cat([torch.empty(0), *by_span(reference, batch)]).to(logprobs)               # (M,)
+    ref_logprobs = torch.zeros_like(logprobs)                                  # (M,), and so they stay without one
+    if cfg.has_reference:
+        ref_logprobs = torch.cat([torch.empty(0), *by_span(reference, batch)]).to(logprobs)
     of_tokens = torch.stack([logprobs, ref_logprobs, torch.ones_like(logprobs)])                      # (3, M)
     of_replies = of_tokens.new_zeros(3, len(batch.spans)).index_add(1, batch.target_span, of_tokens)  # (3, spans)
     chosen, rejected = (Replies(*of_replies[:, side]) for side in batch.pairs.T)                      # each (pairs,)
@@ -194,12 +268,19 @@ def metrics(logprobs, ref_logprobs, batch, chosen: Replies, rejected: Replies, c
     replies of the data instead of the policy's own, and averaged over the tokens of each pair. (His k3, of less bias,
     takes the exponential of a log-ratio, and explodes on rejected replies, which the policy would not write.)
     """
+    if not cfg.has_reference:
+        up, down = (cfg.beta * (side.logp / side.length).detach() for side in (chosen, rejected))
+        return rewards(up, down)
     up, down = cfg.beta * chosen.logratio.detach(), cfg.beta * rejected.logratio.detach()
     k2 = (logprobs - ref_logprobs) ** 2 / 2                                    # (M,)
     k2 = k2.new_zeros(len(batch.spans)).index_add(0, batch.target_span, k2)    # (spans,)
     kl = k2[batch.pairs].sum(1) / (chosen.length + rejected.length)
+    return rewards(up, down) | {"kl": kl.sum()}
+
+
+def rewards(up: torch.Tensor, down: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"reward_accuracy": (up > down).sum(), "reward_margin": (up - down).sum(), "chosen_reward": up.sum(),
-            "rejected_reward": down.sum(), "kl": kl.sum()}
+            "rejected_reward": down.sum()}
 
 
 # ---- the reference -------------------------------------------------------------------------------
@@ -250,10 +331,11 @@ def main(cfg: Config) -> dict:
         pairs = data.load_pairs(cfg.data, cfg)
         if not begin(gpt, pairs, cfg, run):
             return run.about["metrics"]
-        run.say("The chosen reward may fall below zero: DPO only asks that the rejected one falls further.\n"
-                "Worry when the margin stops growing, or when the replies shown degrade.")
+        run.say(("The chosen reward may fall below zero: DPO only asks that the rejected one falls further."
+                 if cfg.has_reference else f"{cfg.loss} has no reference: a reward is beta log pi(y|x) / tokens of y.")
+                + "\nWorry when the margin stops growing, or when the replies shown degrade.")
         training, validation = step_batches(pairs, cfg, run), validation_batches(pairs, cfg, run)
-        reference = reference_logprobs(gpt, pairs, training, validation, cfg, run)
+        reference = reference_logprobs(gpt, pairs, training, validation, cfg, run) if cfg.has_reference else {}
         metrics = train(gpt, partial(dpo_loss, reference=reference, cfg=cfg), training, validation, cfg, run)
         return finish(gpt, metrics, cfg, run, next_command=f"uv run chat.py --compare {cfg.model} {cfg.out}")
 

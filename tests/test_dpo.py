@@ -1,7 +1,9 @@
 """Preference optimisation: the losses by hand, against the naive form and TRL; the reference; and that it learns."""
 
+import importlib.util
 import json
 import math
+import sys
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
@@ -89,6 +91,12 @@ BY_HAND = {
     "ipo": 16.0,                    # (2/4 + 1/2 - 5)^2
     "length-normalised": 0.644397,  # log(1 + e^-0.1): beta times 2/4 + 1/2
     "simpo": 0.854355,              # -10/4 + 9/2 = 2; 0.1 * 2 - 0.5 = -0.3; log(1 + e^0.3)
+    "apo-zero": 0.925187,           # 1 - s(0.2) + s(-0.1), with s the logistic function: 1 - 0.549834 + 0.475021
+    "apo-down": 0.975391,           # s(0.2) + 1 - s(0.3): 0.549834 + 1 - 0.574443
+    "dpop": 0.554355,               # DPO's, for the chosen reply has become likelier
+    # 10/4 - 0.1 log s(d): the odds of e^-2.5 and e^-4.5 are e^-2.414350 and e^-4.488829, so d = 2.074479
+    "orpo": 2.511834,
+    "hinge": 0.7,                   # 1 - 0.3
 }
 
 
@@ -96,6 +104,61 @@ BY_HAND = {
 def test_a_loss_by_hand(name):
     cfg = dpo.Config(loss=name, beta=0.1, label_smoothing=0.1, simpo_margin=0.5)
     assert dpo.LOSSES[name](CHOSEN, REJECTED, cfg).tolist() == pytest.approx([BY_HAND[name]], abs=1e-6)
+
+
+def test_dpop_punishes_a_chosen_reply_that_becomes_unlikelier():
+    """By 2, with a lambda of 5: beta (-2 - (-5) - 5 * 2) = -0.7."""
+    cfg, down = dpo.Config(loss="dpop", beta=0.1, dpop_lambda=5.0), CHOSEN._replace(logp=torch.tensor([-14.0]))
+    further = REJECTED._replace(logp=torch.tensor([-13.0]))
+    assert dpo.dpop(down, further, cfg).item() == pytest.approx(math.log(1 + math.exp(0.7)), abs=1e-6)
+    assert dpo.dpop(down, further, replace(cfg, dpop_lambda=0.0)).item() == dpo.dpo(down, further, cfg).item()
+
+
+def test_orpo_of_a_reply_that_is_certain_is_a_number():
+    certain = CHOSEN._replace(logp=torch.zeros(1, requires_grad=True))
+    for sides in ((certain, REJECTED), (REJECTED, certain)):
+        loss = dpo.orpo(*sides, dpo.Config(loss="orpo"))
+        [gradient] = torch.autograd.grad(loss.sum(), certain.logp)
+        assert torch.isfinite(loss).all() and torch.isfinite(gradient).all()
+
+
+def test_each_loss_has_its_beta_and_the_flag_overrides_it(settings):
+    assert dpo.BETAS.keys() == dpo.LOSSES.keys() > dpo.REFERENCE_FREE
+    assert {name: settings(loss=name).beta for name in dpo.LOSSES} == dpo.BETAS
+    assert settings(loss="ipo", beta=0.02).beta == 0.02
+
+    def of(*args):
+        return data.command_line(dpo.Config, dpo.PRESETS, list(args))
+
+    sample, own = dpo.PRESETS["sample"], ("--data", "my_pairs.jsonl")
+    assert (of().beta, of("--loss", "sigmoid").beta) == (sample["beta"], sample["beta"])
+    for args in ((), own, ("--preset", "gpt2")):  # a preset's beta is of the preset's loss
+        assert of(*args, "--loss", "ipo") == replace(of(*args), loss="ipo", beta=dpo.BETAS["ipo"])
+        assert of(*args, "--loss=simpo", "--beta", "7").beta == 7
+    with pytest.raises(ValueError, match="--loss is dop; it has to be one of sigmoid, "):
+        of("--loss", "dop")
+    with pytest.raises(SystemExit):
+        data.command_line(sft.Config, sft.PRESETS, ["--loss", "ipo"])
+
+
+def test_every_loss_comes_to_an_end_of_what_a_pair_teaches(tmp_path):
+    """At a margin of 1 nat a token the slope is below a third of what it was at 0, or turns round; ORPO's is SFT's."""
+    losses = import_benchmark("losses")
+    for name in dpo.LOSSES.keys() - {"orpo"}:
+        at_0, at_1 = losses.curve(name, torch.tensor([0.0, 1.0]), tokens=100, base=-2.5)[1]
+        assert at_1 < at_0 / 3, name
+        straight = name in ("ipo", "length-normalised", "simpo")    # were beta 0.1 for all
+        at_0, at_1 = losses.curve(name, torch.tensor([0.0, 1.0]), tokens=100, base=-2.5, beta=0.1)[1]
+        assert (at_1 > 0.79 * at_0) == straight, name
+    losses.main(losses.Config(out=str(tmp_path / "losses.png")))
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def import_benchmark(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "benchmarks" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_relatives_that_meet(settings):
@@ -150,10 +213,10 @@ def test_the_nll_term_by_hand(settings):
     assert float(more - plain) == pytest.approx(0.5 * (2.5 + 2), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ipo", "length-normalised", "simpo"])
+@pytest.mark.parametrize("name", ["ipo", "length-normalised", "simpo", "orpo"])
 def test_what_averages_does_not_grow_with_length(name, settings):
     """Each reply said twice over: the same loss. DPO's sum doubles."""
-    cfg = settings(loss=name)
+    cfg = settings(loss=name, beta=0.1)
     twice = [dpo.Replies(*(2 * part for part in side)) for side in (CHOSEN, REJECTED)]
     assert torch.allclose(dpo.LOSSES[name](*twice, cfg), dpo.LOSSES[name](CHOSEN, REJECTED, cfg))
     assert dpo.dpo(*twice, cfg).item() == pytest.approx(math.log(1 + math.exp(-0.6)), abs=1e-6)
@@ -273,8 +336,9 @@ def test_trl_reads_the_same_ids(trl, pairs):
             ids.tolist() for ids in (ours.prompt, ours.chosen, ours.rejected)]
 
 
-@pytest.mark.parametrize("name, trl_name", [("sigmoid", "sigmoid"), ("ipo", "ipo"), ("robust", "robust"),
-                                            ("length-normalised", "sigmoid_norm")])
+@pytest.mark.parametrize("name, trl_name", [
+    ("sigmoid", "sigmoid"), ("ipo", "ipo"), ("robust", "robust"), ("length-normalised", "sigmoid_norm"),
+    ("apo-zero", "apo_zero"), ("apo-down", "apo_down"), ("hinge", "hinge")])
 def test_loss_rewards_and_gradients_are_trls(name, trl_name, trl, tiny_model, other_model, pairs, settings):
     rows, gpt = load(pairs), model.GPT.from_pretrained(tiny_model)
     frozen = model.GPT.from_pretrained(other_model)
@@ -329,6 +393,21 @@ def test_simpo_and_cdpo_are_trls(monkeypatch, settings):
     assert torch.allclose(dpo.simpo(chosen, rejected, cfg), wanted, rtol=1e-5)
     wanted = cpo(chosen.logratio, rejected.logratio, loss_type="sigmoid", beta=2.0, label_smoothing=0.2)
     assert torch.allclose(dpo.cdpo(chosen, rejected, cfg), wanted, rtol=1e-5)
+
+
+def test_orpo_is_trls(monkeypatch, settings):
+    """Its odds ratio on mean log-probabilities, the cross-entropy of the chosen reply, and its rewards."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.orpo import ORPOTrainer
+
+    cfg, stub = settings(loss="orpo", beta=0.3), SimpleNamespace(accelerator=SimpleNamespace(device=CPU), beta=0.3)
+    loss, count, found = dpo.dpo_loss(POLICY, HAND_BATCH, {}, cfg)
+    means = torch.tensor([-10 / 4, -2.0]), torch.tensor([-9 / 2, -1.0])
+    ratio, chosen, rejected, *_ = ORPOTrainer.odds_ratio_loss(stub, *means)
+    assert float(loss) == pytest.approx(float((-means[0] - ratio).sum()), rel=1e-5) and int(count) == 2
+    wanted = {"chosen_reward": chosen.sum(), "rejected_reward": rejected.sum(), "reward_accuracy": 1,
+              "reward_margin": (chosen - rejected).sum()}
+    assert {k: float(v) for k, v in found.items()} == pytest.approx({k: float(v) for k, v in wanted.items()})
 
 
 # ---- the reference -------------------------------------------------------------------------------
@@ -442,6 +521,22 @@ def test_metrics_have_the_fixed_keys(learnt):
         assert set(record) == FIXED | {"kl"} | (measured if record["step"] in (8, 16) else set())
         assert record["reward_margin"] == pytest.approx(record["chosen_reward"] - record["rejected_reward"], abs=1e-4)
         assert 0 <= record["reward_accuracy"] <= 1 and record["pairs_per_second"] > 0 and record["kl"] >= 0
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("name", sorted(dpo.REFERENCE_FREE))
+def test_without_a_reference_none_is_computed_and_rewards_are_of_the_policy_alone(name, tiny_model, settings, tmp_path,
+                                                                                 capsys):
+    """From the base model in one stage; what is measured is what the folder's model says of the pairs."""
+    cfg = settings(loss=name, model=str(tiny_model), out=str(tmp_path), lr=1e-2, steps=6, precision="fp32")
+    measured = dpo.main(cfg)
+    assert not list(tmp_path.glob("reference-*")) and "no reference" in capsys.readouterr().out
+    log = records(tmp_path)
+    assert all(set(record) >= FIXED and "kl" not in record for record in log) and log[-1]["loss"] < log[0]["loss"]
+    [row], gpt = data.load_pairs(cfg.data, data.Reading(val_fraction=0.2)).val, model.GPT.from_pretrained(tmp_path)
+    for key, reply in (("val_chosen_reward", row.chosen), ("val_rejected_reward", row.rejected)):
+        mean = float(reply_logprob(gpt, row.prompt, reply).detach()) / len(reply)
+        assert measured[key] == pytest.approx(cfg.beta * mean, rel=1e-3)
 
 
 def test_preferences_are_learnt(learnt):

@@ -14,6 +14,7 @@ import pytest
 import tyro
 
 import data
+import dpo
 import lora
 import model
 
@@ -67,6 +68,7 @@ def test_command_parses(command, monkeypatch, tmp_path):
 def test_snippet_runs(snippet, tmp_path, monkeypatch, tiny_model):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "DATA_SETS", dict(data.DATA_SETS))
+    monkeypatch.setattr(dpo, "LOSSES", dict(dpo.LOSSES))
     for stage in ("sft", "dpo"):
         shutil.copytree(tiny_model, tmp_path / "runs" / stage)
         data.save_tokenizer(tmp_path / "runs" / stage)
@@ -83,8 +85,6 @@ def test_snippet_runs(snippet, tmp_path, monkeypatch, tiny_model):
         assert model.GPT.from_pretrained("runs/narrow").config == names["narrow"]
     if "hinge" in names:
         import torch
-
-        import dpo
 
         side = dpo.Replies(torch.tensor([-1.0]), torch.tensor([-1.0]), torch.tensor([1.0]))
         assert dpo.LOSSES.pop("hinge")(side, side, dpo.Config()).item() == 1.0
