@@ -23,16 +23,18 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
 import unicodedata
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import chain, combinations, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -1027,6 +1029,7 @@ class DataSet:
     preferences: Reader | None = None
     file: Path | None = None                # where it is, if it came with the project
     hub: str | None = None                  # and if not
+    files: tuple[str, ...] = ("data/*.parquet",)    # which of the Hub's files
     config: str | None = None
     columns: tuple[str, ...] | None = None  # the Hub's columns that are read, where the others are many
 
@@ -1037,9 +1040,12 @@ DATA_SETS = {
     "sample": DataSet(read_oasst, read_oasst_pairs, file=HERE / "sample" / "conversations.jsonl.gz"),
     "oasst1": DataSet(read_oasst, read_oasst_pairs, hub="OpenAssistant/oasst1", columns=OASST_COLUMNS),
     "oasst2": DataSet(read_oasst, read_oasst_pairs, hub="OpenAssistant/oasst2", columns=OASST_COLUMNS),
-    "smoltalk": DataSet(read_messages, None, hub="HuggingFaceTB/smoltalk", config="all"),
-    "hh-rlhf": DataSet(None, read_hh, hub="Anthropic/hh-rlhf"),
-    "ultrafeedback": DataSet(None, read_ultrafeedback, hub="openbmb/UltraFeedback",
+    "smoltalk": DataSet(read_messages, None, hub="HuggingFaceTB/smoltalk", files=("data/all/*.parquet",), config="all"),
+    "smol-smoltalk": DataSet(read_messages, None, hub="HuggingFaceTB/smol-smoltalk", columns=("messages",)),
+    "everyday-conversations": DataSet(read_messages, None, hub="HuggingFaceTB/everyday-conversations-llama3.1-2k",
+                                      columns=("messages",)),
+    "hh-rlhf": DataSet(None, read_hh, hub="Anthropic/hh-rlhf", files=("*/train.jsonl.gz", "*/test.jsonl.gz")),
+    "ultrafeedback": DataSet(None, read_ultrafeedback, hub="openbmb/UltraFeedback", files=("*.jsonl",),
                              columns=("instruction", "completions")),
     "jsonl": DataSet(read_messages, read_preferences),      # what a PATH without a NAME is
 }
@@ -1055,6 +1061,10 @@ def parse_spec(spec: str) -> tuple[str, Path | None, float]:
     name, _, path = source.partition(":")
     if name in DATA_SETS and (path or source == name != "jsonl"):
         return name, Path(path) if path else None, weight
+    with suppress(OSError, ValueError):     # what stands here goes before what the Hub has
+        for name, data_set in DATA_SETS.items():
+            if data_set.hub == source and not Path(source).exists():
+                return name, None, weight
     return "jsonl", Path(source), weight
 
 
@@ -1075,6 +1085,9 @@ def open_spec(name: str, path: Path | None) -> Iterator[FileRow]:
     if name == "jsonl":
         close = difflib.get_close_matches(str(path), DATA_SETS, n=1)
         known = ", ".join(n for n in DATA_SETS if n != "jsonl")
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not close:
+            known += ("\nOthers of the Hub are read from a folder: uv run hf download --repo-type dataset "
+                      f"{path} --local-dir data/{path.name}")
         raise FileNotFoundError(f"no data set and no file is called {shown!r} (in {Path.cwd()})\n"
                                 + (f"Did you mean {close[0]}?  " if close else "") + f"Known names: {known}")
     makes = "\nMake it:  uv run sample/make.py" if name == "sample" else ""
@@ -1132,6 +1145,7 @@ def folder_rows(path: Path, data_set: DataSet) -> Iterator[FileRow]:
     """The rows of a folder (or parquet file), all splits, as `load_dataset` reads it."""
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # its errors are told below
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
@@ -1141,40 +1155,49 @@ def folder_rows(path: Path, data_set: DataSet) -> Iterator[FileRow]:
             configs = datasets.get_dataset_config_names(str(path))
             splits = datasets.load_dataset(str(path), data_set.config if data_set.config in configs else None)
     except Exception as error:      # anything at all, for anything at all may lie in a folder
-        raise ValueError(f"{visible(str(path))[:200]}: load_dataset cannot read it: {excerpt(error)}\n"
+        raise ValueError(f"{visible(str(path))[:200]}: load_dataset cannot read it.\n"
                          "Wanted a folder of parquet or JSON files that share their columns") from error
     return dataset_rows(splits, visible(str(path))[:200], data_set)
 
 
+PATIENCE = 10   # seconds that the Hub has to answer the first question
+
+
 def hub_rows(name: str, data_set: DataSet) -> Iterator[FileRow]:
-    """The rows of a data set of the Hugging Face Hub, all splits, from the local cache if the Hub cannot be reached."""
-    if not hub_answers():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")    # or the library asks again and again for half a minute
-    import datasets
+    """The rows of a data set of the Hugging Face Hub, all splits; what is in the Hub's cache is taken unasked."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars, logging
 
+    logging.set_verbosity_error()   # what goes wrong is told below
+    fetch = partial(snapshot_download, data_set.hub, repo_type="dataset", allow_patterns=["README.md", *data_set.files])
+    folder = None
+    with suppress(Exception):   # it is not there, or not whole
+        folder = fetch(local_files_only=True)
     try:
-        splits = datasets.load_dataset(data_set.hub, data_set.config)
+        if folder is None and not constants.HF_HUB_OFFLINE:     # asked once, with an end: the library has none
+            print(f"fetching {data_set.hub} from {constants.ENDPOINT} ...", file=sys.stderr, flush=True)
+            if not get_hf_file_metadata(hf_hub_url(data_set.hub, "README.md", repo_type="dataset"),
+                                        timeout=PATIENCE).commit_hash:
+                raise OSError("what answers is not the Hub: a login page or a proxy may be in between")
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Not enough free disk space")  # now, not when the disk is full
+            folder = Path(folder or fetch())
     except Exception as error:
-        folder = f"data/{name}"
         raise FileNotFoundError(
-            f"{name}: {data_set.hub} is not in {visible(str(datasets.config.HF_DATASETS_CACHE))}\n"
-            f"  and the Hub did not give it: {excerpt(error)}\n"
-            f"With a network, get it:  uv run hf download --repo-type dataset {data_set.hub} --local-dir {folder}\n"
-            f"and name the folder:     {name}:{folder}") from error
-    return dataset_rows(splits, data_set.hub, data_set)
-
-
-def hub_answers() -> bool:
-    """Whether the Hub's name can be looked up (where there is a proxy, that is the proxy's business)."""
-    import socket
-    from urllib.parse import urlsplit
-    from urllib.request import getproxies
-
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+            f"{name}: {data_set.hub} is not in {visible(constants.HF_HUB_CACHE)}, and the Hub did not give it.\n"
+            f"With a network, get it:  uv run hf download --repo-type dataset {data_set.hub} --local-dir data/{name}"
+            f" --include {shlex.join(data_set.files)}\n"
+            f"and name the folder:     {name}:data/{name}") from error
     try:
-        return bool(getproxies() or socket.getaddrinfo(host, 443))
-    except OSError:
-        return False
+        return folder_rows(folder, data_set)
+    except ValueError as error:
+        for file in map(Path.resolve, folder.rglob("*")):   # the Hub's large files are named by their sha256
+            if len(file.name) == 64 and hashlib.sha256(file.read_bytes()).hexdigest() != file.name:
+                raise ValueError(f"{name}: a file in the Hub's cache is damaged.\n"
+                                 f"Delete it, and it is fetched again: {file}") from error
+        raise
 
 
 def dataset_rows(splits: dict, source: str, data_set: DataSet) -> Iterator[FileRow]:
@@ -1490,12 +1513,25 @@ def run_script(main, config: type, presets: dict[str, dict] | None = None) -> No
         memory = is_out_of_memory(error)
         if debug or not (refused or memory or isinstance(error, OSError | ArithmeticError | ImportError)):
             raise
-        lines = "\n".join(str(error).splitlines()[:5]) or type(error).__name__
+        lines = str(error).splitlines()[:5] or [type(error).__name__]
+        lines = "\n".join(lines[:1] + ([f"  {cause(error)}"] if error.__cause__ else []) + lines[1:])
         if memory and not isinstance(error, MemoryError):  # torch's own words, from outside a training step
             lines = (f"out of memory ({lines.splitlines()[0][:200]}).\n"
                      "Close other programs, or take a smaller --model; in training, a smaller --micro-batch-tokens")
         print(f"error: {visible(lines)}", file=sys.stderr)
         sys.exit(2 if refused else 1)
+
+
+def cause(error: BaseException) -> str:
+    """What lies at the bottom of an error, in a line: libraries wrap it, and say of all troubles the same."""
+    chain = [error]
+    while inner := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(inner)
+    # the system's own word if there is one, else what a server answered, else the innermost
+    told = (next((e for e in reversed(chain) if isinstance(e, OSError) and e.errno), None)
+            or next((e for e in chain if hasattr(e, "response")), chain[-1]))
+    words = re.sub(r"For more information check: \S+", "", str(told)) or type(told).__name__
+    return " ".join(words.split())[:400] + (" (no answer)" if isinstance(told, TimeoutError) else "")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -719,6 +720,9 @@ class Int8Linear(nn.Module):
 # ---- weights in and out --------------------------------------------------------------------------
 
 SAMPLE = Path(__file__).parent / "sample" / "model"  # the bundled base model
+HUB = "openai-community"  # where OpenAI's four are on the Hugging Face Hub
+PATIENCE = 10  # seconds that the Hub has to answer the first question
+HUB_FILES = ("config.json", "model.safetensors")  # of each; the others are the same weights once more
 WANTED = f"sample, {', '.join(SIZES)}, or the folder of a model"
 
 
@@ -727,13 +731,19 @@ def find_model(spec: str) -> Path:
     check_model(spec)
     if Path(spec, "config.json").is_file():
         return Path(spec)
-    return SAMPLE if spec == "sample" else _from_hub(spec)
+    return SAMPLE if spec == "sample" else _from_hub(size_of(spec))
+
+
+def size_of(spec: str) -> str:
+    """Which of OpenAI's four a name means, "" if none: gpt2 is also openai-community/gpt2 and gpt2-small."""
+    name = spec.removeprefix(f"{HUB}/")
+    return name if name in SIZES else "gpt2" if name == "gpt2-small" else ""
 
 
 def check_model(spec: str) -> None:
     """Refuse a `--model` that can be seen to be none, with the reason and the next command; asks no network."""
     folder = Path(spec)
-    if (folder / "config.json").is_file() or spec == "sample" or (spec in SIZES and not folder.is_dir()):
+    if (folder / "config.json").is_file() or spec == "sample" or (size_of(spec) and not folder.is_dir()):
         return
     if (folder / "adapter_config.json").is_file():
         why = "it holds adapters, not a model.\nGive the model they were trained on as --model, and these as --adapter"
@@ -742,7 +752,7 @@ def check_model(spec: str) -> None:
     elif folder.is_dir():
         why = "it has no config.json"
     else:
-        near = difflib.get_close_matches(spec, ["sample", *SIZES], n=1)
+        near = difflib.get_close_matches(spec.rpartition("/")[2], ["sample", *SIZES], n=1)
         why = f"there is no such folder in {Path.cwd()}" + (f"; did you mean {near[0]}?" if near else "")
     raise FileNotFoundError(f"no model in '{spec}': {why}\nWanted: {WANTED} (with its config.json).\n"
                             "To train one: uv run sft.py")
@@ -781,7 +791,7 @@ def read_config(folder: Path) -> GPTConfig:
             if type(value) is not type(getattr(GPTConfig, key)) or not 0 < value < 2**31:
                 raise ValueError(f"{key} is {value!r}")
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a model's configuration: {error}") from None
+        raise ValueError(f"{path} is not a model's configuration: {error}{fetch_again(path)}") from None
     wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": (None, 4 * config.n_embd),
               "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
     for key, allowed in wanted.items():
@@ -809,8 +819,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         try:
             weights |= load_file(file)
         except SafetensorError as error:
-            raise ValueError(f"{file} is damaged: {error}") from None
+            raise ValueError(f"{file} is damaged: {error}{fetch_again(file)}") from None
     return weights
+
+
+def fetch_again(file: Path) -> str:
+    """How to get a file once more that is the Hub's: its cache holds links to the files themselves."""
+    return f"\nDelete it, and it is fetched again: {file.resolve()}" if file.is_symlink() else ""
 
 
 def _from_transformers(weights: dict[str, Tensor], gpt: GPT, source: Path) -> dict[str, Tensor]:
@@ -840,16 +855,33 @@ def _is_conv1d(name: str) -> bool:
 
 
 def _from_hub(name: str) -> Path:
-    """The folder in the Hub's cache with OpenAI's model of this name, fetched where it is not there yet."""
+    """The folder in the Hub's cache with OpenAI's model of this name, fetched where it is not there yet.
+
+    What is there is taken without a question: these files never change, and a Hub that is ill stops no run.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import disable_progress_bars, logging
     from transformers.utils import cached_file
 
+    logging.set_verbosity_error()  # what goes wrong is told below
+    repo = f"{HUB}/{name}"
+    files = [try_to_load_from_cache(repo, file) for file in HUB_FILES]
+    if all(isinstance(file, str) for file in files):
+        return Path(files[0]).parent
     try:
-        files = [cached_file(f"openai-community/{name}", file) for file in ("config.json", "model.safetensors")]
-    except OSError as error:
+        if not constants.HF_HUB_OFFLINE:  # asked once and with an end: the library would ask again for minutes
+            print(f"fetching {repo} from {constants.ENDPOINT} ...", file=sys.stderr, flush=True)
+            if not get_hf_file_metadata(hf_hub_url(repo, HUB_FILES[0]), timeout=PATIENCE).commit_hash:
+                raise OSError("what answers is not the Hub: a login page or a proxy may be in between")
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Not enough free disk space")  # now, not when the disk is full
+            files = [cached_file(repo, file) for file in HUB_FILES]
+    except Exception as error:  # its causes are told by who shows it
         raise FileNotFoundError(
-            f"OpenAI's {name} is not on this machine, and could not be had from the Hugging Face Hub\n"
-            f"({str(error).splitlines()[0]}).\n"
-            f"Where there is a network: uv run hf download openai-community/{name} --local-dir {name}\n"
+            f"OpenAI's {name} is not in {constants.HF_HUB_CACHE}, and the Hugging Face Hub did not give it.\n"
+            f"Where there is a network: uv run hf download {repo} {' '.join(HUB_FILES)} --local-dir {name}\n"
             f"then copy the folder here and give --model {name}; or use the bundled --model sample") from error
     return Path(files[0]).parent
 

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -410,6 +411,7 @@ class Run:
         self.signal = 0
         self.training = False  # in the loop
         self.bar = None  # the rich.progress.Progress that is on the screen
+        self.model_folder = Path()  # where the model to train is, on this disk: the Hub is asked once
         # run.json: stage, config, versions, model, data, trainable, before, seconds, after, metrics, best, finished
         self.about: dict = {}
         # words wrap in a window, and nothing does in a pipe; names and replies are text, brackets or not
@@ -530,6 +532,7 @@ class Run:
     def load(self, spec: str) -> model.GPT:
         """The model to train, on the device, with fresh adapters if the run has any."""
         cfg, folder = self.cfg, model.find_model(spec)
+        self.model_folder = folder
         if folder.resolve() == self.folder.resolve():
             raise ValueError(f"--out {cfg.out} would replace --model {spec}, which the run needs to its end.\n"
                              "Give another folder: --out")
@@ -603,8 +606,10 @@ def parallelise(gpt: model.GPT, loss_fn, cfg: Settings, run: Run):
             part.set_force_sum_reduction_for_comms(True)
     elif run.world > 1:
         ids = [run.device.index] if run.device.type == "cuda" else None
-        loss = torch.nn.parallel.DistributedDataParallel(loss, device_ids=ids, gradient_as_bucket_view=True,
-                                                         broadcast_buffers=False)  # they are the same everywhere
+        parallel = torch.nn.parallel.DistributedDataParallel
+        newer = "forward_sync_buffers" in inspect.signature(parallel).parameters  # PyTorch renamed it
+        loss = parallel(loss, device_ids=ids, gradient_as_bucket_view=True,  # buffers are the same everywhere
+                        **{"forward_sync_buffers" if newer else "broadcast_buffers": False})
     return loss
 
 
@@ -874,7 +879,7 @@ def export(gpt: model.GPT, cfg: Settings, run: Run) -> None:
     if not run.is_main:
         return
     if any(layer.base.weight.dtype != torch.float32 for layer in lora.adapters(gpt).values()):  # for training only
-        exact = model.GPT.from_pretrained(cfg.model).state_dict()
+        exact = model.read_model(run.model_folder).state_dict()
         if weights_sha256(exact) != run.about["model"]["sha256"]:
             raise ValueError(f"--model {cfg.model} has other weights now than when this run began, which needs them.\n"
                              "Put them back, then run the same command again: all steps are in the checkpoint.")
@@ -886,7 +891,7 @@ def export(gpt: model.GPT, cfg: Settings, run: Run) -> None:
         gpt.save_pretrained(temporary, lora.merged_weights(gpt, weights))
         data.save_tokenizer(temporary, gpt.config.n_positions)
         if cfg.lora_rank:
-            lora.save_adapters(gpt, temporary / "adapter", str(model.find_model(cfg.model).absolute()), weights)
+            lora.save_adapters(gpt, temporary / "adapter", str(run.model_folder.absolute()), weights)
             remove(run.folder / "adapter")
         for path in sorted(temporary.iterdir()):
             for file in path.rglob("*") if path.is_dir() else [path]:
