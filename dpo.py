@@ -76,22 +76,31 @@ class Config(Settings):
             "label_smoothing": (0 <= self.label_smoothing < 0.5, "0 or more and below 0.5: most preferences are right")}
 
 
-# The rate is a tenth of SFT's and less: DPO nudges, and a large step destroys what SFT taught.
-REAL = {"data": ("ultrafeedback", "oasst1", "hh-rlhf@0.1"), "steps": 1000, "batch_size": 32,
+# Where the numbers are from; nobody has run these presets yet, but the sample's (see sft.py for memory and hours):
+#   [S] SmolLM2 135M and 360M: https://github.com/huggingface/alignment-handbook, recipes/smollm2/dpo/config_smol.yaml
+#   [K] the project that this one follows, GPT-2 355M: https://github.com/hemmokarja/Conversational-GPT-SFT-DPO, dpo.py
+#   [P] Pang et al. 2024, https://arxiv.org/abs/2404.19733: the cross-entropy on chosen replies, with a weight of 1
+#   [D] GPT-2 with LoRA: https://github.com/linfeng-du/direct-preference-optimization, cc/run_dpo_lora.sh
+#   [L] Schulman et al. 2025, LoRA Without Regret, https://thinkingmachines.ai/blog/lora: ten times the rate for LoRA
+# [S] and [K] differ by ten in the rate and fifty in beta. [S] is taken, rate, beta and batch together: at a small beta
+# GPT-2s are reported to repeat themselves, as the bundled one did. DPO nudges: a large step destroys what SFT taught.
+REAL = {"data": ("ultrafeedback", "oasst1", "hh-rlhf@0.1"),  # [S], and people's own ranks; [K] took hh-rlhf by half
+        "batch_size": 128, "steps": 960,  # [S]: 2 epochs of 61,000 pairs; [K]: 124,000 pairs in batches of 128
+        "lr": 1e-6, "beta": 0.5, "nll": 1.0,  # [S], [S], [P]
         "prompts": ("What does a Data Scientist do? | What about a machine learning engineer?",
                     "Explain photosynthesis to a child.", "Write a short poem about the sea."),
-        "reply_tokens": 160, "lr": 5e-6, "lora_rank": 0, "eval_every": 100, "save_every": 100, "log_every": 5}
+        "reply_tokens": 160, "lora_rank": 0, "eval_every": 100, "save_every": 100, "log_every": 5}
 PRESETS = {
     # a small model falls into repetitions at this rate: beta and the cross-entropy on chosen replies hold it
     "sample": {"steps": 120, "batch_size": 48, "lr": 5e-4, "lora_rank": 32, "lora_alpha": 64.0, "beta": 0.3,
                "nll": 2.0, "reply_tokens": 64, "eval_every": 50, "save_every": 50},
-    # a laptop: OASST's ranks alone, 200 steps of 16
+    # a laptop (2.2 GB in fp32): OASST's ranks, 3,200 pairs in 3 hours on two cores. Rate: [D]; steps: to be measured
     "gpt2": REAL | {"data": ("oasst1",), "steps": 200, "batch_size": 16, "lr": 5e-5, "lora_rank": 16, "context": 512,
                     "eval_every": 50, "save_every": 50, "log_every": 1},
-    "gpt2-medium": REAL | {"micro_batch_tokens": 8192},  # one 24 GB GPU: about 16 GB
-    # one 24 GB GPU: 774M and AdamW leave little room, adapters leave enough: about 12 GB
-    "gpt2-large": REAL | {"lr": 2e-5, "lora_rank": 32, "micro_batch_tokens": 4096},
-    "gpt2-xl": REAL | {"lr": 2e-6, "micro_batch_tokens": 8192},  # one 80 GB GPU: about 58 GB
+    "gpt2-medium": REAL | {"micro_batch_tokens": 8192},  # one 24 GB GPU: 16 GB, an hour or two
+    # one 24 GB GPU: 774M and AdamW leave little room, adapters leave enough: 11 GB, 2 hours. Rate: [S] by [L]
+    "gpt2-large": REAL | {"lr": 1e-5, "lora_rank": 32, "micro_batch_tokens": 4096},
+    "gpt2-xl": REAL | {"micro_batch_tokens": 8192},  # one 80 GB GPU: 58 GB, 3 hours. Rate: [S], of smaller models
 }
 
 

@@ -566,6 +566,8 @@ def test_a_parquet_file_and_a_folder_that_is_no_data_set(hub_folder, tmp_path):
 def test_hub_names():
     assert {name: d.hub for name, d in data.DATA_SETS.items() if d.hub} == {
         "oasst1": "OpenAssistant/oasst1", "oasst2": "OpenAssistant/oasst2", "smoltalk": "HuggingFaceTB/smoltalk",
+        "smol-smoltalk": "HuggingFaceTB/smol-smoltalk",
+        "everyday-conversations": "HuggingFaceTB/everyday-conversations-llama3.1-2k",
         "hh-rlhf": "Anthropic/hh-rlhf", "ultrafeedback": "openbmb/UltraFeedback"}
     assert data.DATA_SETS["smoltalk"].config == "all"
 

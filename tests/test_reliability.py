@@ -650,6 +650,7 @@ def compare_processes(server, job: trials.Job, fsdp: bool) -> None:
     one, two = server.new_folder(), server.new_folder()
     assert server.run(job, one) == 0, tail(one)
     assert run_in_processes(server, job, two, fsdp=fsdp) == [0, 0], tail(two)
+    assert "FutureWarning" not in trials.log_of(two).read_text()
     assert_agree(one, two)
 
 
