@@ -27,14 +27,17 @@ import shlex
 import shutil
 import sys
 import textwrap
+import time
 import unicodedata
 import warnings
 import zlib
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from itertools import chain, combinations, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -51,7 +54,7 @@ class lazy:
         self._name = name
 
     def __getattr__(self, attribute: str):
-        return getattr(importlib.import_module(self._name), attribute)
+        return getattr(sys.modules.get(self._name) or importlib.import_module(self._name), attribute)
 
 
 np = lazy("numpy")
@@ -96,10 +99,25 @@ def clean(text: str) -> str:
     return text.strip()
 
 
-def encode_all(texts: Iterable[str]) -> dict[str, list[int]]:
-    """{text: its ids}, each text encoded once however often it occurs, on all cores. No id is a control id."""
+def encode_all(texts: Iterable[str]) -> dict[str, np.ndarray]:
+    """{text: its ids (n,) uint16}, each text encoded once however often it occurs, on all cores. No id is a control id.
+
+    In parts: a task for every text takes two thirds as long again. What spells the control token is encoded by itself,
+    for in a part the control token stands between the texts.
+    """
     unique = list(dict.fromkeys(texts))
-    return dict(zip(unique, tokenizer().encode_ordinary_batch(unique, num_threads=os.cpu_count() or 1), strict=True))
+    parts = [unique[i:i + 256] for i in range(0, len(unique), 256)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return {text: ids for part in pool.map(_encode_part, parts) for text, ids in part}
+
+
+def _encode_part(texts: list[str]) -> list[tuple[str, np.ndarray]]:
+    tokens = tokenizer()
+    plain = [text for text in texts if EOT_TEXT not in text]
+    ids = tokens.encode_to_numpy(EOT_TEXT.join(plain), allowed_special={EOT_TEXT}).astype(np.uint16)
+    ends = [-1, *np.flatnonzero(ids == EOT), len(ids)]
+    found = [(text, ids[a + 1:b]) for text, a, b in zip(plain, ends, ends[1:], strict=False)]
+    return found + [(text, np.array(tokens.encode_ordinary(text), np.uint16)) for text in texts if EOT_TEXT in text]
 
 
 def text_of(ids: Iterable[int]) -> str:
@@ -114,7 +132,7 @@ def text_of(ids: Iterable[int]) -> str:
 
 
 def render(messages: Conversation, supervise: Sequence[bool] | None = None, reply: bool = False,
-           encoded: dict[str, list[int]] | None = None) -> tuple[np.ndarray, np.ndarray]:
+           encoded: dict[str, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """THE chat template: (ids int32 (T,), mask bool (T,)), where mask[t] says that ids[t] is to be learnt.
 
         ids   <|endoftext|> user \\n Two and two ? <|endoftext|> assistant \\n Four . <|endoftext|>
@@ -130,15 +148,14 @@ def render(messages: Conversation, supervise: Sequence[bool] | None = None, repl
         supervise = [message["role"] == "assistant" for message in messages]
     ids, mask, learnt = [], [], False   # learnt: whether the message before is, with the <|endoftext|> behind it
     for message, learn in zip(messages, supervise, strict=True):
-        header, content = _header(message["role"]), clean(message["content"])
-        content = encoded[content] if encoded and content in encoded else tokenizer().encode_ordinary(content)
-        ids += header + content
-        mask += [learnt] + [False] * (len(header) - 1) + [learn] * len(content)
+        header, content = _header(message["role"]), _content(message["content"], encoded)
+        ids += [header, content]
+        mask += [(learnt, 1), (False, len(header) - 1), (learn, len(content))]
         learnt = learn
     tail = _header("assistant") if reply else [EOT]
-    ids += tail
-    mask += [learnt] + [False] * (len(tail) - 1)
-    return np.array(ids, np.int32), np.array(mask, bool)
+    ids, mask = [*ids, tail], [*mask, (learnt, 1), (False, len(tail) - 1)]
+    values, runs = zip(*mask, strict=True)
+    return np.concatenate(ids, dtype=np.int32), np.repeat(np.array(values, bool), runs)
 
 
 @cache
@@ -147,6 +164,12 @@ def _header(role: str) -> list[int]:
     if role not in ROLES:
         raise ValueError(f"unknown role {visible(str(role))[:80]!r}, wanted one of {', '.join(ROLES)}")
     return [EOT, *tokenizer().encode_ordinary(f"{role}\n")]
+
+
+def _content(text: str, encoded: dict[str, np.ndarray] | None) -> np.ndarray:
+    """The ids of a message's content."""
+    text = clean(text)
+    return encoded[text] if encoded and text in encoded else np.array(tokenizer().encode_ordinary(text), np.uint16)
 
 
 def exchanges(messages: Conversation) -> list[Conversation]:
@@ -160,7 +183,7 @@ def exchanges(messages: Conversation) -> list[Conversation]:
 
 
 def without_oldest(messages: Conversation, room: int, reply: bool = False,
-                   encoded: dict[str, list[int]] | None = None) -> Conversation:
+                   encoded: dict[str, np.ndarray] | None = None) -> Conversation:
     """The conversation less its oldest whole exchanges, so that `render` gives at most `room` ids.
 
     Opening system messages stay, and so does the last exchange, be it too long or not.
@@ -168,7 +191,8 @@ def without_oldest(messages: Conversation, room: int, reply: bool = False,
     opening = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
     system, turns = messages[:opening], exchanges(messages[opening:])
     tail = len(_header("assistant")) if reply else 1
-    system_size, *sizes = (len(render(part, encoded=encoded)[0]) - 1 for part in (system, *turns))
+    system_size, *sizes = (sum(len(_header(message["role"])) + len(_content(message["content"], encoded))
+                               for message in part) for part in (system, *turns))
     while len(turns) > 1 and system_size + sum(sizes) + tail > room:
         turns, sizes = turns[1:], sizes[1:]
     return [*system, *chain.from_iterable(turns)]
@@ -191,13 +215,13 @@ class Row:
 
     ids: np.ndarray             # (T,) int32
     mask: np.ndarray            # (T,) bool: ids[t] is a target
-    opening: str | None = None  # the name of its first message, if it is a thread of a conversation tree
+    opening: object = None      # a name of its first message, if it is a thread of a conversation tree
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
-    def family(self) -> str | None:
+    def family(self) -> object:
         """The same for rows that begin alike: the threads of one tree."""
         return self.opening
 
@@ -219,14 +243,15 @@ class Pair:
     prompt: np.ndarray      # (P,) int32, ends with the opening of an assistant message
     chosen: np.ndarray      # (C,) int32, ends with EOT, as does
     rejected: np.ndarray    # (R,) int32
+    opening: object = None  # a name of its prompt
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
     @property
-    def family(self) -> bytes:
+    def family(self) -> object:
         """The same for pairs of one prompt."""
-        return self.prompt.tobytes()
+        return self.prompt.tobytes() if self.opening is None else self.opening
 
     @property
     def learnt(self) -> int:
@@ -242,6 +267,71 @@ class Pair:
             ids = np.concatenate([self.prompt, reply])
             both.append(Text(ids, np.arange(len(self.prompt), len(ids)), key=(ids.tobytes(), len(reply))))
         return both
+
+
+class Rows(Sequence):
+    """Rows (or pairs) that lie in a few flat arrays, three bytes a token; each is made when it is asked for.
+
+    `store` has all rows of a load, read or mapped from the disk; `which` says which of them these are, in order:
+        ids       (N,) uint16       all tokens
+        mask      (N,) bool         of conversations
+        ends      (R, k) int64      where a row's k arrays of tokens end: one of a conversation, three of a pair
+        families  (R,) int32        the same for rows that begin alike; -1 is no other's
+    """
+
+    def __init__(self, store: dict[str, np.ndarray], which: np.ndarray):
+        self.store, self.which = store, which
+
+    @classmethod
+    def of(cls, rows: Iterable[Row | Pair]) -> Rows:
+        """All of these, laid down one after another: of many, no two are there as objects at a time."""
+        ids, mask, ends, families, numbers = array("H"), array("B"), array("q"), array("i"), {}
+        for row in rows:
+            for part in row.arrays():
+                if part.dtype == bool:
+                    mask.frombytes(part.tobytes())
+                else:
+                    ids.frombytes(part.astype(np.uint16).tobytes())
+                    ends.append(len(ids))
+            name = hashlib.blake2b(repr(row.family).encode(), digest_size=16).digest()
+            families.append(-1 if row.family is None else numbers.setdefault(name, len(numbers)))
+        store = {"ids": np.frombuffer(ids, np.uint16), "mask": np.frombuffer(mask, bool),
+                 "ends": np.frombuffer(ends, np.int64).reshape(len(families), -1 if families else 1),
+                 "families": np.frombuffer(families, np.int32)}
+        return cls(store, np.arange(len(families)))
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return Rows(self.store, self.which[i])
+        n, ends = int(self.which[i]), self.store["ends"]
+        cuts = [int(ends[n - 1, -1]) if n else 0, *map(int, ends[n])]
+        parts = [self.store["ids"][a:b].astype(np.int32) for a, b in pairwise(cuts)]
+        opening = int(self.store["families"][n])
+        opening = None if opening < 0 else opening
+        if len(parts) == 1:
+            return Row(parts[0], np.array(self.store["mask"][cuts[0]:cuts[1]]), opening)
+        return Pair(*parts, opening)
+
+    def __add__(self, others: Rows) -> Rows:
+        return Rows(self.store, np.concatenate([self.which, others.which]))
+
+    def families(self) -> list[int | None]:
+        return [None if family < 0 else family for family in self.store["families"][self.which].tolist()]
+
+    def lengths(self) -> np.ndarray:
+        """(rows,) tokens of each."""
+        return np.diff(self.store["ends"][:, -1], prepend=0)[self.which]
+
+    def learnt(self) -> int:
+        """Tokens that are predicted, in all of them."""
+        if self.store["ends"].shape[1] == 1:
+            each = np.add.reduceat(self.store["mask"], np.r_[0, self.store["ends"][:-1, 0]], dtype=np.int64)
+        else:
+            each = self.store["ends"][:, 2] - self.store["ends"][:, 0]
+        return int(each[self.which].sum())
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -383,7 +473,8 @@ class Order:
 def families(rows: Sequence[Row | Pair]) -> np.ndarray:
     """(rows,) numbers from 0, the same for rows that begin alike: the threads of one tree, the pairs of one prompt."""
     numbers = {}
-    names = (n if row.family is None else row.family for n, row in enumerate(rows))
+    known = rows.families() if isinstance(rows, Rows) else (row.family for row in rows)
+    names = ((n,) if family is None else family for n, family in enumerate(known))
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
 
 
@@ -453,8 +544,8 @@ class Reading:
 class Data:
     """What training needs of its data. Rows of one conversation tree are all in train or all in val."""
 
-    train: list[Row] | list[Pair]
-    val: list[Row] | list[Pair]
+    train: Sequence[Row] | Sequence[Pair]
+    val: Sequence[Row] | Sequence[Pair]
     counts: list[Count] # what became of the rows, by SPEC
     fingerprint: str    # sha256 over all ids and masks in order: a resumed run must see the same data
 
@@ -467,12 +558,14 @@ class Data:
 
     def report_json(self) -> dict:
         """The counts, and what the rows are like: lengths in tokens (of a pair, both replies and the prompt once)."""
-        rows = [*self.train, *self.val]
-        lengths, learnt = [len(row) for row in rows], sum(row.learnt for row in rows)
+        rows = self.train + self.val
+        rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+        lengths, learnt = rows.lengths(), rows.learnt()
+        tokens, longest = int(lengths.sum()), int(lengths.max())
         return self.report.as_json() | {
-            "train": len(self.train), "val": len(self.val), "tokens": sum(lengths), "supervised_tokens": learnt,
-            "supervised_share": round(learnt / sum(lengths), 4),
-            "length": {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 25, 50, 75, 95)} | {"max": max(lengths)},
+            "train": len(self.train), "val": len(self.val), "tokens": tokens, "supervised_tokens": learnt,
+            "supervised_share": round(learnt / tokens, 4),
+            "length": {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 25, 50, 75, 95)} | {"max": longest},
             "specs": [count.as_json() for count in self.counts], "fingerprint": self.fingerprint}
 
 
@@ -487,36 +580,51 @@ def load_pairs(specs: Sequence[str], reading: Reading | None = None) -> Data:
 
 
 def _load(specs: Sequence[str], what: str, build: Callable, reading: Reading) -> Data:
-    """Read each SPEC, build its rows, and split them by their trees."""
+    """The rows of these SPECs, as they were kept or read anew."""
     if not 0 <= reading.val_fraction < 1:
         raise ValueError(f"val_fraction is {reading.val_fraction}, wanted at least 0 and less than 1")
-    specs, counts, seen = [specs] if isinstance(specs, str) else list(specs), [], set()
-    built: list[tuple[float, Row | Pair, int]] = []     # its side, and its copies if it is trained on
-    for spec in specs:
-        counts.append(count := Count(visible(spec), reading.bad_rows))
-        for candidate, encoded, side, copies in candidates(spec, what, count, reading):
-            try:
-                built.append((side, build(candidate, encoded, count, reading.context, seen), copies))
-                count.kept += 1
-            except Drop as drop:
-                count.drop(drop.args[0])
-        count.notes = +count.notes      # less those that are zero
-    if not built:
+    specs = [specs] if isinstance(specs, str) else list(specs)
+    with kept_rows(specs, what, reading) as (found, keep):
+        if found is None:
+            found = read_rows(specs, what, build, reading)
+            keep(found)
+    return found
+
+
+def read_rows(specs: Sequence[str], what: str, build: Callable, reading: Reading) -> Data:
+    """Read each SPEC, build its rows, and split them by their trees."""
+    counts, seen, sides, copies = [], set(), array("d"), array("i")
+
+    def built() -> Iterator[Row | Pair]:
+        for spec in specs:
+            counts.append(count := Count(visible(spec), reading.bad_rows))
+            for candidate, encoded, side, times in candidates(spec, what, count, reading):
+                try:
+                    yield build(candidate, encoded, count, reading.context, seen)
+                    sides.append(side)
+                    copies.append(times)
+                    count.kept += 1
+                except Drop as drop:
+                    count.drop(drop.args[0])
+            count.notes = +count.notes      # less those that are zero
+
+    rows = Rows.of(built())
+    if not sides:
         reasons = sum((count.dropped for count in counts), Counter()).most_common(5)
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in reasons) or "it has none"
         first = next((f"\nfor example  {c.first_bad}" for c in counts if c.first_bad), "")
         raise ValueError(f"no {what} are left of {excerpt(' '.join(specs))}: {reasons}{first}")
     # however small the data set, there is a tree to validate on and one to train on
-    sides = sorted({side for side, _, _ in built})
-    threshold = max(reading.val_fraction, sides[0] + 2**-53) if reading.val_fraction and len(sides) > 1 else 0.0
-    threshold = min(threshold, sides[-1])
-    train = [row for side, row, n in built if side >= threshold for _ in range(n)]
-    val = [row for side, row, _ in built if side < threshold]
+    several = np.unique(sides := np.array(sides))
+    threshold = max(reading.val_fraction, several[0] + 2**-53) if reading.val_fraction and len(several) > 1 else 0.0
+    threshold = min(threshold, several[-1])
+    train, val = np.flatnonzero(sides >= threshold), np.flatnonzero(sides < threshold)
+    train, val = Rows(rows.store, np.repeat(train, np.array(copies)[train])), Rows(rows.store, val)
     return Data(train, val, counts, rows_sha256(train, val))
 
 
 def candidates(spec: str, what: str, count: Count,
-               reading: Reading) -> Iterator[tuple[Thread | Preference, dict[str, list[int]], float, int]]:
+               reading: Reading) -> Iterator[tuple[Thread | Preference, dict[str, np.ndarray], float, int]]:
     """The conversations or preferences of a SPEC that its weight takes.
 
     Each with the ids of its texts (encoded in bulk), the side of its tree, and how often it is taken.
@@ -561,7 +669,7 @@ def build_pair(pair: Preference, encoded: dict, count: Count, context: int, seen
     """Too long a prompt loses its oldest exchanges, then the start of its last message. Both replies stay whole."""
     if pair.key in seen:
         raise Drop("the same pair was read before")
-    chosen, rejected = (np.array([*encoded[reply], EOT], np.int32) for reply in (pair.chosen, pair.rejected))
+    chosen, rejected = (np.append(encoded[reply], EOT).astype(np.int32) for reply in (pair.chosen, pair.rejected))
     room = context - max(len(chosen), len(rejected))
     messages = without_oldest(pair.prompt, room, reply=True, encoded=encoded)
     prompt, _ = render(messages, reply=True, encoded=encoded)
@@ -593,10 +701,121 @@ def rows_sha256(*sides: Sequence[Row | Pair]) -> str:
     for rows in sides:
         digest.update(len(rows).to_bytes(8, "big"))
         for row in rows:
-            for array in row.arrays():
-                digest.update(len(array).to_bytes(8, "big"))
-                digest.update(array.tobytes())
+            for part in row.arrays():
+                digest.update(len(part).to_bytes(8, "big"))
+                digest.update(part.tobytes())
     return digest.hexdigest()
+
+
+# ---- rows that are kept --------------------------------------------------------------------------
+
+KEPT = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-chat" / "rows"
+KEPT_AFTER = 5.0            # seconds of reading, from which the rows are kept for the next run
+KEPT_BYTES = 8 << 30        # of all that is kept; what was used longest ago goes first
+
+
+@contextlib.contextmanager
+def kept_rows(specs: Sequence[str], what: str, reading: Reading) -> Iterator[tuple[Data | None, Callable]]:
+    """The rows that an earlier run made of the same files with the same settings and code, mapped from the disk.
+
+    Gives (rows or None, a function that keeps what was read instead). Of several processes one reads, and the others
+    wait for it. Where nothing can be kept, every run reads anew.
+    """
+    from filelock import FileLock, Timeout
+
+    began, several = time.monotonic(), int(os.environ.get("WORLD_SIZE", 1)) > 1
+    lock, name = FileLock(KEPT / ".lock"), rows_name(specs, what, reading)
+
+    def keep(found: Data) -> None:
+        now = rows_name(specs, what, reading)
+        if now is None or name not in (None, now) or (time.monotonic() - began < KEPT_AFTER and not several):
+            return
+        with suppress(OSError, Timeout):
+            KEPT.mkdir(parents=True, exist_ok=True)
+            with lock.acquire(timeout=0):
+                _keep(found, KEPT, now)
+
+    with contextlib.ExitStack() as stack:
+        if several:
+            with suppress(OSError):
+                KEPT.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock)
+        yield _kept(KEPT / name) if name else None, keep
+
+
+def rows_name(specs: Sequence[str], what: str, reading: Reading) -> str | None:
+    """A name for the rows of these SPECs, by all that they depend on; None where that is not known.
+
+    Files are known by size, times and number, as make and git know them: to read them for a sum would take half of the
+    time that is saved, and a file that changes without its ctime takes another clock. Readers are known by this file.
+    """
+    files = []
+    for name, path, _ in map(parse_spec, specs):
+        data_set = DATA_SETS[name]
+        place = path or data_set.file or hub_folder(data_set)
+        if data_set is not SHIPPED.get(name) or place is None:
+            return None
+        with suppress(OSError, ValueError):
+            for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+                about = file.stat()
+                files.append((file.name, about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino))
+    settings = {f.name: getattr(reading, f.name) for f in dataclasses.fields(Reading)}
+    known = (list(specs), what, settings, files, hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
+
+
+def _keep(found: Data, top: Path, name: str) -> None:
+    """Write the rows down, and make room for them."""
+    arrays = found.train.store | {"train": found.train.which, "val": found.val.which}
+    size = sum(array.nbytes for array in arrays.values())
+    for leftover in top.glob(".*.tmp"):     # of a process that was killed
+        remove(leftover)
+    others = sorted((path for path in top.glob("*/about.json") if path.parent.name != name), key=os.path.getmtime)
+    taken = sum(file.stat().st_size for file in top.glob("*/*"))
+    while others and taken + size > KEPT_BYTES:
+        oldest = others.pop(0).parent
+        taken -= sum(file.stat().st_size for file in oldest.iterdir())
+        remove(oldest)
+    if taken + size > KEPT_BYTES or shutil.disk_usage(top).free < 2 * size:
+        return
+    remove(top / name)
+    with written_whole(top / name) as temporary:
+        temporary.mkdir()
+        for key, values in arrays.items():
+            np.save(temporary / f"{key}.npy", values)
+        about = {"counts": list(map(vars, found.counts)), "fingerprint": found.fingerprint,
+                 "files": {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}}
+        (temporary / "about.json").write_text(json.dumps([about, sha256_of(about)]), encoding="utf-8")
+
+
+def _kept(folder: Path) -> Data | None:
+    """The rows in a folder, if every file is as it was written."""
+    try:
+        about, seal = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        sums = {name: file_sha256(folder / name) for name in about["files"]}
+        if (seal, sums) != (sha256_of(about), about["files"]):
+            return None
+        arrays = {Path(name).stem: np.load(folder / name, mmap_mode="r") for name in about["files"]}
+        which = [Rows(arrays, np.array(arrays.pop(side))) for side in ("train", "val")]
+        counts = [Count(**{key: Counter(value) if isinstance(value, dict) else value for key, value in count.items()})
+                  for count in about["counts"]]
+        with suppress(OSError):
+            os.utime(folder / "about.json")     # used now
+        return Data(*which, counts, about["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(about: Any) -> str:
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+# ---- what readers give ---------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -1049,6 +1268,7 @@ DATA_SETS = {
                              columns=("instruction", "completions")),
     "jsonl": DataSet(read_messages, read_preferences),      # what a PATH without a NAME is
 }
+SHIPPED = dict(DATA_SETS)   # without those that others add
 
 
 def parse_spec(spec: str) -> tuple[str, Path | None, float]:
@@ -1081,7 +1301,8 @@ def open_spec(name: str, path: Path | None) -> Iterator[FileRow]:
     if folder or (file and path.suffix == ".parquet"):
         return folder_rows(path, data_set)
     if file:
-        return file_rows(path)
+        return watched(file_rows(path), f"reading {shown}", size_unpacked(path),
+                       lambda row: len(row[1]) if isinstance(row[1], bytes) else 0)
     if name == "jsonl":
         close = difflib.get_close_matches(str(path), DATA_SETS, n=1)
         known = ", ".join(n for n in DATA_SETS if n != "jsonl")
@@ -1121,6 +1342,24 @@ def file_rows(path: Path) -> Iterator[FileRow]:
                 yield f"{shown}:{number}", line, parse_json(line)
     if not rows:
         raise ValueError(f"{shown} is empty; wanted one JSON object a line")
+
+
+def watched(rows: Iterable[FileRow], what: str, total: int, size: Callable) -> Iterator[FileRow]:
+    """The rows, with a bar where they are many; size(row) is what a row is of the total."""
+    with progress(what, total) as advance:
+        for row in rows:
+            yield row
+            advance(size(row))
+
+
+def size_unpacked(path: Path) -> int:
+    """Bytes; gzip has them at its end, up to 4 GiB."""
+    size = path.stat().st_size
+    if not is_gzip(path):
+        return size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - 4))
+        return int.from_bytes(file.read(), "little")
 
 
 def parse_json(line: bytes) -> Any:
@@ -1165,14 +1404,11 @@ PATIENCE = 10   # seconds that the Hub has to answer the first question
 
 def hub_rows(name: str, data_set: DataSet) -> Iterator[FileRow]:
     """The rows of a data set of the Hugging Face Hub, all splits; what is in the Hub's cache is taken unasked."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()   # what goes wrong is told below
-    fetch = partial(snapshot_download, data_set.hub, repo_type="dataset", allow_patterns=["README.md", *data_set.files])
-    folder = None
-    with suppress(Exception):   # it is not there, or not whole
-        folder = fetch(local_files_only=True)
+    folder = hub_folder(data_set)
     try:
         if folder is None and not constants.HF_HUB_OFFLINE:     # asked once, with an end: the library has none
             print(f"fetching {data_set.hub} from {constants.ENDPOINT} ...", file=sys.stderr, flush=True)
@@ -1183,7 +1419,7 @@ def hub_rows(name: str, data_set: DataSet) -> Iterator[FileRow]:
             disable_progress_bars()
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Not enough free disk space")  # now, not when the disk is full
-            folder = Path(folder or fetch())
+            folder = folder or hub_folder(data_set, fetch=True)
     except Exception as error:
         raise FileNotFoundError(
             f"{name}: {data_set.hub} is not in {visible(constants.HF_HUB_CACHE)}, and the Hub did not give it.\n"
@@ -1200,12 +1436,23 @@ def hub_rows(name: str, data_set: DataSet) -> Iterator[FileRow]:
         raise
 
 
+def hub_folder(data_set: DataSet, fetch: bool = False) -> Path | None:
+    """The folder in the Hub's cache with the files of a data set; None if it is not there, or not whole."""
+    from huggingface_hub import snapshot_download
+
+    with contextlib.nullcontext() if fetch else suppress(Exception):
+        return Path(snapshot_download(data_set.hub, repo_type="dataset", local_files_only=not fetch,
+                                      allow_patterns=["README.md", *data_set.files]))
+    return None
+
+
 def dataset_rows(splits: dict, source: str, data_set: DataSet) -> Iterator[FileRow]:
     for split, table in splits.items():
         columns = [column for column in data_set.columns or () if column in table.column_names]
         table = (table.select_columns(columns) if columns else table).with_format("arrow")
         rows = chain.from_iterable(batch.to_pylist() for batch in table.iter(batch_size=1000))
-        yield from ((f"{source} {split} row {number}", row, row) for number, row in enumerate(rows, 1))
+        rows = ((f"{source} {split} row {number}", row, row) for number, row in enumerate(rows, 1))
+        yield from watched(rows, f"reading {source} {split}", len(table), lambda row: 1)
 
 
 # ---- the tokenizer for other tools ---------------------------------------------------------------
@@ -1363,6 +1610,43 @@ INVISIBLE = ({c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F:
 def visible(text: str) -> str:
     """Text fit for a terminal: nothing in it can move the cursor, change colours or turn the line around."""
     return text.translate(INVISIBLE)
+
+
+@contextlib.contextmanager
+def progress(what: str, total: float) -> Iterator[Callable[[float], None]]:
+    """Gives a function to be told how much more of the total is done, and shows how long the rest will take.
+
+    On a terminal as a bar, from the third second on; in a pipe or a file by a line a minute; of several processes, one.
+    """
+    began = said = time.monotonic()
+    total, done, bar, task, terminal = max(total, 1), 0.0, None, None, sys.stderr.isatty()
+
+    def advance(more: float) -> None:
+        nonlocal done, bar, task, said
+        done, now = done + more, time.monotonic()
+        if bar:
+            bar.update(task, completed=done)
+        elif terminal and now - began > 2 and done and LEADS:
+            from rich import progress as rich
+            from rich.console import Console
+
+            bar = rich.Progress(rich.TextColumn("{task.description}"), rich.BarColumn(20), rich.TaskProgressColumn(),
+                                rich.TimeRemainingColumn(compact=True), console=Console(stderr=True), transient=True,
+                                speed_estimate_period=600)
+            task = bar.add_task(what.replace("[", r"\["), total=total, completed=done)
+            bar.start()
+        elif not terminal and now - said > 60 and done and LEADS:
+            said, left = now, round((now - began) * max(0.0, total / done - 1))
+            print(f"{what}: {done / total:.0%}, {left // 60}:{left % 60:02} left", file=sys.stderr, flush=True)
+
+    try:
+        yield advance
+    finally:
+        if bar:
+            bar.stop()
+
+
+LEADS = os.environ.get("RANK", "0") == "0"  # whether this process is the one that talks
 
 
 def transcript(messages: Conversation, width: int = 88) -> str:

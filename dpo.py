@@ -11,6 +11,7 @@ model and reinforcement learning fall away: raise r(chosen) over r(rejected), as
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -299,31 +300,47 @@ def reference_logprobs(gpt, pairs: data.Data, training, validation, cfg: Config,
     """log pi_ref of every target of the pairs this process will see, computed once and before the loop.
 
     The reference is the model before training: adapters off, dropout off, no second model in memory. A run that is
-    resumed comes here with the SFT model's weights, before the checkpoint is loaded, and finds its own file again.
+    resumed comes here with the SFT model's weights, before the checkpoint is loaded, and finds its own file again. That
+    is written every minute: what was computed is not computed again, and the batches are the same, to the bit.
     """
-    from safetensors.torch import save_file
-
-    rows, seen = pairs.train + pairs.val, set()
-    for batches in (validation, *(training(step, cfg.micro_batch_tokens) for step in range(cfg.steps))):
-        seen |= {int(row) for batch in batches for row in batch.rows}
-    key = repr((run.about["model"]["sha256"], pairs.fingerprint, sorted(seen), run.dtype, run.rank))
+    rows = pairs.train + pairs.val
+    seen = {int(row) for batch in validation for row in batch.rows}
+    seen = sorted(seen.union(*(map(int, training.rows(step)) for step in range(cfg.steps))))
+    key = repr((run.about["model"]["sha256"], pairs.fingerprint, seen, run.dtype, run.rank))
     path = run.folder / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    if not (table := read_table(path)):
-        run.say(f"reference log-probabilities of {len(seen):,} pairs ...")
+    table = read_table(path)
+    if missing := len(seen) - len(table):
+        run.say(f"reference log-probabilities of {missing:,} pairs ...")
         gpt.eval()
-        with torch.no_grad(), lora.adapters_disabled(gpt), run.autocast():
-            for batch in data.micro_batches(rows, sorted(seen), cfg.micro_batch_tokens):
-                batch = to_device(batch, run.device)
-                replies = by_pair(gpt.target_logprobs(batch).float(), batch)
-                table |= {str(row): torch.cat(pair).cpu() for row, pair in zip(batch.rows, replies, strict=True)}
-        with writing(path, sum(4 * len(logprobs) for logprobs in table.values())), written_whole(path) as temporary:
-            save_file(table, temporary, metadata={"sha256": weights_sha256(table)})
+        with (run.leavable(lambda: write_table(table, path)) as leave, data.progress("reference", len(seen)) as advance,
+              torch.no_grad(), lora.adapters_disabled(gpt), run.autocast()):
+            for batch in in_parts(rows, seen, cfg.micro_batch_tokens):
+                if not all(str(row) in table for row in batch.rows):
+                    leave()
+                    batch = to_device(batch, run.device)
+                    replies = by_pair(gpt.target_logprobs(batch).float(), batch)
+                    table |= {str(row): torch.cat(pair).cpu() for row, pair in zip(batch.rows, replies, strict=True)}
+                advance(len(batch.rows))
+        write_table(table, path)
     return {int(row): both.split([len(rows[int(row)].chosen), len(rows[int(row)].rejected)])
             for row, both in table.items()}
 
 
+def in_parts(rows: data.Rows, indices: list[int], token_budget: int) -> Iterator[data.Batch]:
+    """Their micro-batches, a few hundred rows at a time: all of them together would not fit the memory."""
+    for start in range(0, len(indices), 512):
+        yield from data.micro_batches(rows, indices[start:start + 512], token_budget)
+
+
+def write_table(table: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    with writing(path, sum(4 * len(logprobs) for logprobs in table.values())), written_whole(path) as temporary:
+        save_file(table, temporary, metadata={"sha256": weights_sha256(table)})
+
+
 def read_table(path: Path) -> dict[str, torch.Tensor]:
-    """The table as it was written; {} the first time, and where a power cut or the disk left something else."""
+    """The table as far as it was written; {} the first time, and where a power cut or the disk left something else."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -29,8 +29,10 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -305,13 +307,23 @@ def seed_at(*position: int) -> int:
 
 
 def step_batches(rows: data.Data, cfg: Settings, run: Run):
-    """batches(step, budget): this process's micro-batches of a step, which depends on (seed, step) alone."""
+    """batches(step, budget): this process's micro-batches of a step, which depends on (seed, step) alone.
+
+    batches.rows(step): the rows that are in them.
+    """
 
     order = data.Order(rows.train, cfg.batch_size, cfg.seed)
 
     def batches(step: int, budget: int) -> list[data.Batch]:
         return _own_batches(rows.train, order(step), budget, cfg, run)
 
+    def own_rows(step: int) -> Iterable[int]:
+        if run.world == 1:
+            return order(step)
+        parts = data.divide(rows.train, order(step), cfg.micro_batch_tokens)
+        return chain.from_iterable(members for _, members in parts[run.rank::run.world])
+
+    batches.rows = own_rows
     return batches
 
 
@@ -488,6 +500,31 @@ class Run:
             if isinstance(stop, Interrupted):
                 self.say(f"stopped after step {state.step} of {self.cfg.steps}; run the same command again to go on")
             raise stop from None
+        finally:
+            self.training = False
+
+    @contextlib.contextmanager
+    def leavable(self, save):
+        """Long work outside the loop, by each process alone. Gives a function to call between its parts.
+
+        That calls save() every minute, and when a signal has come, which then ends the run.
+        """
+        saved = time.monotonic()
+
+        def leave() -> None:
+            nonlocal saved
+            if self.signal or time.monotonic() - saved > 60:
+                save()
+                saved = time.monotonic()
+            if self.signal:
+                raise Interrupted(self.signal)
+
+        self.training = True
+        try:
+            yield leave
+        except Interrupted:
+            self.say("stopped, and what was computed is saved; run the same command again to go on")
+            raise
         finally:
             self.training = False
 

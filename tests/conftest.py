@@ -10,13 +10,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one test per core: threads would only
 import pytest
 from hypothesis import settings
 
-import data  # noqa: F401 - before torch, for what it puts into the environment
+import data  # before torch, for what it puts into the environment
 
 import torch  # isort: skip
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the tests have two cores; OMP_NUM_THREADS=1 is obeyed
 settings.register_profile("laws", deadline=None, derandomize=True, database=None)  # the same examples for everyone
 settings.load_profile("laws")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_rows(tmp_path_factory):
+    """No test writes into a person's cache."""
+    data.KEPT = tmp_path_factory.mktemp("kept")
 
 
 @pytest.fixture(scope="session")

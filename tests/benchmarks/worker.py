@@ -70,6 +70,7 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
             work[step] = sum(operations(batch, task) for batch in found)
             return found
 
+        of.rows = lambda step: batches.rows(steps[step])
         return of
 
     stage.step_batches = watched
