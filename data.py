@@ -277,6 +277,7 @@ class Rows(Sequence):
         mask      (N,) bool         of conversations
         ends      (R, k) int64      where a row's k arrays of tokens end: one of a conversation, three of a pair
         families  (R,) int32        the same for rows that begin alike; -1 is no other's
+        learnt    (R,) int32        how many tokens are predicted
     """
 
     def __init__(self, store: dict[str, np.ndarray], which: np.ndarray):
@@ -285,7 +286,7 @@ class Rows(Sequence):
     @classmethod
     def of(cls, rows: Iterable[Row | Pair]) -> Rows:
         """All of these, laid down one after another: of many, no two are there as objects at a time."""
-        ids, mask, ends, families, numbers = array("H"), array("B"), array("q"), array("i"), {}
+        (ids, mask, ends, families, learnt), numbers = (array(kind) for kind in "HBqii"), {}
         for row in rows:
             for part in row.arrays():
                 if part.dtype == bool:
@@ -295,9 +296,10 @@ class Rows(Sequence):
                     ends.append(len(ids))
             name = hashlib.blake2b(repr(row.family).encode(), digest_size=16).digest()
             families.append(-1 if row.family is None else numbers.setdefault(name, len(numbers)))
+            learnt.append(row.learnt)
         store = {"ids": np.frombuffer(ids, np.uint16), "mask": np.frombuffer(mask, bool),
                  "ends": np.frombuffer(ends, np.int64).reshape(len(families), -1 if families else 1),
-                 "families": np.frombuffer(families, np.int32)}
+                 "families": np.frombuffer(families, np.int32), "learnt": np.frombuffer(learnt, np.int32)}
         return cls(store, np.arange(len(families)))
 
     def __len__(self) -> int:
@@ -327,11 +329,7 @@ class Rows(Sequence):
 
     def learnt(self) -> int:
         """Tokens that are predicted, in all of them."""
-        if self.store["ends"].shape[1] == 1:
-            each = np.add.reduceat(self.store["mask"], np.r_[0, self.store["ends"][:-1, 0]], dtype=np.int64)
-        else:
-            each = self.store["ends"][:, 2] - self.store["ends"][:, 0]
-        return int(each[self.which].sum())
+        return int(self.store["learnt"][self.which].sum())
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -587,7 +585,7 @@ def _load(specs: Sequence[str], what: str, build: Callable, reading: Reading) ->
     with kept_rows(specs, what, reading) as (found, keep):
         if found is None:
             found = read_rows(specs, what, build, reading)
-            keep(found)
+            found = keep(found) or found
     return found
 
 
@@ -718,22 +716,23 @@ KEPT_BYTES = 8 << 30        # of all that is kept; what was used longest ago goe
 def kept_rows(specs: Sequence[str], what: str, reading: Reading) -> Iterator[tuple[Data | None, Callable]]:
     """The rows that an earlier run made of the same files with the same settings and code, mapped from the disk.
 
-    Gives (rows or None, a function that keeps what was read instead). Of several processes one reads, and the others
-    wait for it. Where nothing can be kept, every run reads anew.
+    Gives (rows or None, a function that keeps what was read instead, and gives it mapped). Of several processes one
+    reads, and the others wait for it. Where nothing can be kept, every run reads anew.
     """
     from filelock import FileLock, Timeout
 
     began, several = time.monotonic(), int(os.environ.get("WORLD_SIZE", 1)) > 1
     lock, name = FileLock(KEPT / ".lock"), rows_name(specs, what, reading)
 
-    def keep(found: Data) -> None:
+    def keep(found: Data) -> Data | None:
         now = rows_name(specs, what, reading)
         if now is None or name not in (None, now) or (time.monotonic() - began < KEPT_AFTER and not several):
-            return
+            return None
         with suppress(OSError, Timeout):
             KEPT.mkdir(parents=True, exist_ok=True)
             with lock.acquire(timeout=0):
                 _keep(found, KEPT, now)
+                return _kept(KEPT / now)
 
     with contextlib.ExitStack() as stack:
         if several:
@@ -1426,14 +1425,43 @@ def hub_rows(name: str, data_set: DataSet) -> Iterator[FileRow]:
             f"With a network, get it:  uv run hf download --repo-type dataset {data_set.hub} --local-dir data/{name}"
             f" --include {shlex.join(data_set.files)}\n"
             f"and name the folder:     {name}:data/{name}") from error
-    try:
-        return folder_rows(folder, data_set)
-    except ValueError as error:
-        for file in map(Path.resolve, folder.rglob("*")):   # the Hub's large files are named by their sha256
-            if len(file.name) == 64 and hashlib.sha256(file.read_bytes()).hexdigest() != file.name:
-                raise ValueError(f"{name}: a file in the Hub's cache is damaged.\n"
-                                 f"Delete it, and it is fetched again: {file}") from error
-        raise
+    return fetched_rows(folder, data_set)
+
+
+def fetched_rows(folder: Path, data_set: DataSet) -> Iterator[FileRow]:
+    """The rows of parquet files or JSONL in the Hub's cache, as they are: `datasets` would write all once more."""
+    from pyarrow import parquet
+
+    files = sorted(file for pattern in data_set.files for file in folder.glob(pattern))
+    with progress(f"reading {data_set.hub}", len(files)) as advance:
+        for file in files:
+            shown = f"{data_set.hub} {file.relative_to(folder)}"
+            try:
+                if file.suffix == ".parquet":
+                    table = parquet.ParquetFile(file)
+                    columns = [name for name in table.schema_arrow.names if name in (data_set.columns or (name,))]
+                    batches = table.iter_batches(1000, columns=columns)
+                    for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
+                        yield f"{shown} row {number}", row, row
+                        advance(1 / table.metadata.num_rows)
+                else:
+                    size = size_unpacked(file)
+                    for place, line, row in file_rows(file):
+                        if isinstance(row, BadRow):
+                            refuse_damaged(file)
+                        yield place, line, row
+                        advance(len(line) / size)
+            except (OSError, ValueError) as error:
+                refuse_damaged(file, error)
+                raise
+
+
+def refuse_damaged(file: Path, error: Exception | None = None) -> None:
+    """A large file of the Hub's is named by the sha256 of its content."""
+    file = file.resolve()
+    if len(file.name) == 64 and file_sha256(file) != file.name:
+        raise ValueError("a file in the Hub's cache is damaged.\n"
+                         f"Delete it, and it is fetched again: {file}") from error
 
 
 def hub_folder(data_set: DataSet, fetch: bool = False) -> Path | None:
@@ -1442,7 +1470,7 @@ def hub_folder(data_set: DataSet, fetch: bool = False) -> Path | None:
 
     with contextlib.nullcontext() if fetch else suppress(Exception):
         return Path(snapshot_download(data_set.hub, repo_type="dataset", local_files_only=not fetch,
-                                      allow_patterns=["README.md", *data_set.files]))
+                                      allow_patterns=list(data_set.files)))
     return None
 
 
