@@ -5,9 +5,10 @@ or `Preference`s, `render` turns messages into ids and a mask of what is learnt,
 shorten, split and count, `Order` says which rows a step has, and `pack` lays them end to end. The file begins with
 the tokens and goes back to the files. A reader of the mathematics may stop at "From files to rows".
 
-`uv run data.py SPEC` shows what a data set becomes. A SPEC is NAME, NAME:PATH or PATH, each with an optional @WEIGHT:
-`oasst1`, `oasst1:trees.jsonl.gz`, `chats.jsonl`, `smoltalk@0.5`. PATH is a file in that data set's own format or a
-folder that `datasets.load_dataset` reads.
+`uv run data.py SPEC` shows what a data set becomes. A SPEC is NAME, NAME:PATH or PATH, each with an optional #SPLIT
+and then an optional @WEIGHT: `oasst1`, `oasst1:trees.jsonl.gz`, `chats.jsonl`, `smoltalk@0.5`, `FOLDER#train_prefs`.
+PATH is a file or a folder that `datasets.load_dataset` reads: with NAME in that data set's own format, alone in any of
+`CONVERSATIONS` or `PREFERENCES`, which are told apart by their keys. @0.5 takes every second conversation, by a hash.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
-from itertools import chain, combinations, islice, pairwise
+from functools import cache, lru_cache, partial
+from itertools import chain, combinations, islice, pairwise, product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import tiktoken
 import tiktoken.load
@@ -65,7 +66,7 @@ HERE = Path(__file__).parent
 EOT = 50256                              # <|endoftext|>, the one control token
 EOT_TEXT = "<|endoftext|>"
 ROLES = ("system", "user", "assistant")
-Conversation = list[dict]                # {"role": "system" | "user" | "assistant", "content": str}
+Conversation = list[dict]    # {"role": "system" | "user" | "assistant", "content": str}, and "weight": 0 if not learnt
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def render(messages: Conversation, supervise: Sequence[bool] | None = None, repl
     assistant message, which is what a model that is to reply is fed.
     """
     if supervise is None:
-        supervise = [message["role"] == "assistant" for message in messages]
+        supervise = [is_learnt(message) for message in messages]
     ids, mask, learnt = [], [], False   # learnt: whether the message before is, with the <|endoftext|> behind it
     for message, learn in zip(messages, supervise, strict=True):
         header, content = _header(message["role"]), _content(message["content"], encoded)
@@ -156,6 +157,10 @@ def render(messages: Conversation, supervise: Sequence[bool] | None = None, repl
     ids, mask = [*ids, tail], [*mask, (learnt, 1), (False, len(tail) - 1)]
     values, runs = zip(*mask, strict=True)
     return np.concatenate(ids, dtype=np.int32), np.repeat(np.array(values, bool), runs)
+
+
+def is_learnt(message: dict) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 @cache
@@ -552,7 +557,8 @@ class Data:
         """What became of the rows of all SPECs."""
         return Count(" ".join(count.spec for count in self.counts), kept=sum(count.kept for count in self.counts),
                      dropped=sum((count.dropped for count in self.counts), Counter()),
-                     notes=sum((count.notes for count in self.counts), Counter()))
+                     notes=sum((count.notes for count in self.counts), Counter()),
+                     unused=sum((count.unused for count in self.counts), Counter()))
 
     def report_json(self) -> dict:
         """The counts, and what the rows are like: lengths in tokens (of a pair, both replies and the prompt once)."""
@@ -632,24 +638,26 @@ def candidates(spec: str, what: str, count: Count,
     if reader is None:
         able = ", ".join(n for n, data_set in DATA_SETS.items() if getattr(data_set, what) and n != "jsonl")
         raise ValueError(f"{name} holds no {what}\nThese do: {able}, or your own PATH.jsonl")
-    found = iter(reader(open_spec(name, path), count, reading.language))
+    found = iter(reader(open_spec(name, path, count.notes), count, reading.language))
     while chunk := list(islice(found, 4096)):      # bounded, for a data set may have a million
-        hashes = [tree_hash(reading.seed, candidate.opening) for candidate in chunk]
-        copies = [int(weight) + (luck < weight % 1) for _, luck in hashes]
-        taken = [(c, side, n) for c, (side, _), n in zip(chunk, hashes, copies, strict=True) if n]
+        copies = [int(weight) + (luck(reading.seed, c.content) < weight % 1) for c in chunk]
+        taken = [(c, n) for c, n in zip(chunk, copies, strict=True) if n]
         count.drop("left out by its weight", len(chunk) - len(taken))
-        encoded = encode_all(text for candidate, _, _ in taken for text in candidate.texts())
-        yield from ((candidate, encoded, side, n) for candidate, side, n in taken)
+        encoded = encode_all(text for candidate, _ in taken for text in candidate.texts())
+        yield from ((candidate, encoded, tree_luck(reading.seed, candidate.opening), n) for candidate, n in taken)
 
 
-def build_row(thread: Thread, encoded: dict, count: Count, context: int, seen: set[str]) -> Row:
+def build_row(thread: Thread, encoded: dict, count: Count, context: int, seen: set) -> Row:
     """Too long a thread loses its oldest exchanges before it loses the end of its last reply, and with that the EOT.
 
-    `seen` holds the messages that are learnt in rows before this one: a turn that threads share is learnt once.
+    `seen` holds the messages that are learnt in rows before this one, for a turn that threads share is learnt once, and
+    the conversations without names for their messages.
     """
+    if thread.keys is None:
+        first_time(thread.content, "conversation", seen)
     messages = without_oldest(thread.messages, context, encoded=encoded)
     keys = thread.keys and thread.keys[-len(messages):]     # OASST has no system messages: what is lost was in front
-    learn = [m["role"] == "assistant" and not (keys and keys[i] in seen) for i, m in enumerate(messages)]
+    learn = [is_learnt(m) and not (keys and keys[i] in seen) for i, m in enumerate(messages)]
     if not any(learn):
         raise Drop(thread.cut or "every reply is learnt in another row")
     ids, mask = render(messages, learn, encoded=encoded)
@@ -663,10 +671,9 @@ def build_row(thread: Thread, encoded: dict, count: Count, context: int, seen: s
     return row
 
 
-def build_pair(pair: Preference, encoded: dict, count: Count, context: int, seen: set[tuple[str, str]]) -> Pair:
+def build_pair(pair: Preference, encoded: dict, count: Count, context: int, seen: set) -> Pair:
     """Too long a prompt loses its oldest exchanges, then the start of its last message. Both replies stay whole."""
-    if pair.key in seen:
-        raise Drop("the same pair was read before")
+    first_time(pair.key or pair.content, "pair", seen)
     chosen, rejected = (np.append(encoded[reply], EOT).astype(np.int32) for reply in (pair.chosen, pair.rejected))
     room = context - max(len(chosen), len(rejected))
     messages = without_oldest(pair.prompt, room, reply=True, encoded=encoded)
@@ -679,19 +686,31 @@ def build_pair(pair: Preference, encoded: dict, count: Count, context: int, seen
         prompt = np.delete(prompt, slice(start, start + len(prompt) - room))
         count.notes["lost the start of its prompt's last message"] += 1
     count.notes["lost its oldest exchanges"] += len(messages) < len(pair.prompt)
-    if pair.key:
-        seen.add(pair.key)
     return Pair(prompt, chosen, rejected)
 
 
-def tree_hash(seed: int, opening: str) -> tuple[float, float]:
-    """Two numbers in [0, 1) for the tree of a conversation: one decides its side, the other whether a weight takes it.
+def first_time(content: Any, what: str, seen: set) -> None:
+    """What several files, or several splits of a data set, have counts once."""
+    if (name := digest_of(repr(content))) in seen:
+        raise Drop(f"the same {what} was read before")
+    seen.add(name)
+
+
+def tree_luck(seed: int, opening: str) -> float:
+    """A number in [0, 1) for the tree of a conversation, which decides its side.
 
     A tree is known by what its user says first, and so are two trees, in whatever data sets, that ask the same.
     """
-    opening = " ".join(opening.casefold().split())
-    digest = hashlib.blake2b(f"{seed}\0{opening}".encode(), digest_size=16).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53, (int.from_bytes(digest[8:], "big") >> 11) / 2**53
+    return luck(seed, " ".join(opening.casefold().split()))
+
+
+def luck(seed: int, text: str) -> float:
+    """A number in [0, 1), as good as drawn at random, and for the same text always the same."""
+    return (int.from_bytes(digest_of(f"{seed}\0{text}")[:8], "big") >> 11) / 2**53
+
+
+def digest_of(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def rows_sha256(*sides: Sequence[Row | Pair]) -> str:
@@ -829,6 +848,10 @@ class Thread:
     def opening(self) -> str:
         return first_question(self.messages)
 
+    @property
+    def content(self) -> str:
+        return repr(self.messages)
+
     def texts(self) -> list[str]:
         return [message["content"] for message in self.messages]
 
@@ -845,6 +868,10 @@ class Preference:
     @property
     def opening(self) -> str:
         return first_question(self.prompt)
+
+    @property
+    def content(self) -> str:
+        return repr((self.prompt, self.chosen, self.rejected))
 
     def texts(self) -> list[str]:
         return [*(message["content"] for message in self.prompt), self.chosen, self.rejected]
@@ -880,6 +907,7 @@ class Count:
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)
     notes: Counter = field(default_factory=Counter)     # what was done to rows that were kept, and other remarks
+    unused: Counter = field(default_factory=Counter)    # keys of the rows that have no meaning here
     first_bad: str = ""
 
     def drop(self, reason: str, times: int = 1) -> None:
@@ -888,7 +916,8 @@ class Count:
 
     def as_json(self) -> dict:
         return {"spec": self.spec, "kept": self.kept, "dropped": dict(self.dropped.most_common()),
-                "read": self.kept + self.dropped.total(), "notes": dict(self.notes.most_common())}
+                "read": self.kept + self.dropped.total(), "notes": dict(self.notes.most_common()),
+                "unused": dict(self.unused.most_common(20))}
 
 
 FileRow = tuple[str, Any, Any]      # the place (file:line), the row as it stands there, the row read or a BadRow
@@ -925,6 +954,7 @@ def row_by_row(read_one: Callable[[dict], Thread | Preference]) -> Reader:
 
 LONGEST_TEXT = 1_000_000        # characters of one message: some 250,000 tokens, far beyond any context
 LONGEST_LINE = 1 << 26          # bytes of one line of a file, 64 MiB
+LONGEST_FILE = 1 << 30          # bytes of a file that is read at once, since it is one JSON list: 1 GiB
 DEEPEST = 200                   # messages from the first to the last of a conversation tree
 MOST_SIBLINGS = 32              # ranked replies to one message that are compared, each with each
 
@@ -934,24 +964,55 @@ def want(row: Any, *keys: str) -> list:
     if not isinstance(row, dict):
         raise BadRow("not an object", f"found {kind(row)}, wanted an object with the keys {', '.join(keys)}")
     if any(key not in row for key in keys):
-        hint = ("  (OASST? write oasst1:PATH)" if "message_tree_id" in row else
-                "  (preferences? add --pairs, or use dpo.py)" if "chosen" in row and "messages" in keys else "")
-        found = ", ".join(excerpt(key)[:40] for key in sorted(row)[:12]) or "none"
-        raise BadRow("wrong keys", f"keys found: {found}; keys wanted: {', '.join(keys)}{hint}")
+        raise BadRow("wrong keys", f"keys found: {keys_of(row)}; keys wanted: {', '.join(keys)}")
     return [row[key] for key in keys]
 
 
+def keys_of(row: dict) -> str:
+    return ", ".join(excerpt(key)[:40] for key in sorted(row)[:12]) or "none"
+
+
+# who speaks, in whatever words; "tool" is whatever is no talk between two
+SPEAKERS = {name: role for role, names in {
+    "system": "system developer", "user": "user human prompter",
+    "assistant": "assistant gpt chatgpt bing bard model bot chatbot",
+    "tool": "tool function observation function_call function_response tool_call tool_response"}.items()
+    for name in names.split()}
+
+
 def as_messages(value: Any, key: str) -> Conversation:
-    """A list of {"role", "content"}, checked; empty messages are left in."""
+    """A list of {"role", "content"}, or ShareGPT's {"from", "value"}, checked.
+
+    Empty messages are left in, but for empty system messages. Only text is learnt here: tools and images are not.
+    """
     if not isinstance(value, list) or not value:
         raise BadRow("wrong type", f"{key} is {kind(value) if value != [] else 'empty'}, wanted a list of messages")
     messages = []
     for message in value:
-        role, content = want(message, "role", "content")
-        if role not in ROLES:
-            raise BadRow("unknown role", f"{key} has the role {excerpt(role)!r}, wanted one of {', '.join(ROLES)}")
-        messages.append({"role": role, "content": as_text(content, "content")})
+        who, what = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
+        speaker = message.get(who) if isinstance(message, dict) else None
+        role = SPEAKERS.get(speaker.casefold()) if isinstance(speaker, str) else None
+        if role == "tool" or (role and (message.get("tool_calls") or message.get("function_call"))):
+            raise Drop("tool calls")
+        _, content = want(message, who, what)
+        if role is None:
+            raise BadRow("unknown role", f"{key} has the role {excerpt(speaker)!r}, wanted one of {', '.join(ROLES)}")
+        content = as_text(joined_parts(content), "content")
+        if content or role != "system":
+            messages.append({"role": role, "content": content} | ({} if is_yes(message, "weight") else {"weight": 0}))
     return messages
+
+
+def joined_parts(content: Any) -> Any:
+    """Content as the APIs write it: null is no text, and of a list of parts the text is taken."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return "" if content is None else content
+    for part in content:
+        if part.get("type", "text") not in ("text", "input_text", "output_text"):
+            raise Drop(f"content that is no text: {excerpt(part['type'])[:20]}")
+        if not isinstance(*want(part, "text"), str):
+            raise BadRow("wrong type", f"a part's text is {kind(part['text'])}, wanted a string")
+    return "".join(part["text"] for part in content)
 
 
 def as_text(value: Any, key: str) -> str:
@@ -962,13 +1023,21 @@ def as_text(value: Any, key: str) -> str:
     return clean(value)
 
 
+def is_yes(row: dict, key: str) -> bool:
+    """What a label or a weight says; where there is none, yes."""
+    value = row.get(key)
+    if value is None or (isinstance(value, bool | int | float) and value in (0, 1)):
+        return value is None or bool(value)
+    raise BadRow(f"no such {key}", f"{key} is {excerpt(value)}, wanted 0 or 1, false or true")
+
+
 def until_last_reply(messages: Conversation) -> Conversation:
-    """The conversation up to its last assistant message before anything empty. An empty system message just goes."""
-    messages = [m for m in messages if m["content"] or m["role"] != "system"]
+    """The conversation up to the last assistant message that is to be learnt, before anything empty."""
     empty = next((i for i, m in enumerate(messages) if not m["content"]), len(messages))
-    end = next((i for i in range(empty, 0, -1) if messages[i - 1]["role"] == "assistant"), 0)
+    end = next((i for i in range(empty, 0, -1) if is_learnt(messages[i - 1])), 0)
     if not end:
-        raise Drop("empty message" if empty < len(messages) else "no reply")
+        raise Drop("empty message" if empty < len(messages) else
+                   "no reply has a weight" if any(m["role"] == "assistant" for m in messages) else "no reply")
     return messages[:end]
 
 
@@ -984,6 +1053,8 @@ def preference(better: Conversation, worse: Conversation) -> Preference:
 def comparison(prompt: Conversation, chosen: str, rejected: str, key: tuple[str, str] | None = None) -> Preference:
     if not any(message["role"] == "user" and message["content"] for message in prompt):
         raise Drop("no prompt")
+    if not all(message["content"] for message in prompt):
+        raise Drop("empty message")
     if not chosen or not rejected:
         raise Drop("empty reply")
     if chosen == rejected:
@@ -1006,51 +1077,166 @@ def excerpt(raw: Any) -> str:
     return visible(" ".join(raw.split()))[:80]
 
 
-# ---- JSONL, SmolTalk, HH-RLHF, UltraFeedback -----------------------------------------------------
+# ---- what people have, told by its keys -----------------------------------------------------------
+
+# Layouts by the names that the report gives them: a conversation, or a prompt and its reply; a prompt and two replies.
+CONVERSATIONS = {
+    "messages": ("messages",), "ShareGPT": ("conversations",), "conversation": ("conversation",),
+    "prompt, completion": ("prompt", "completion"), "prompt, response": ("prompt", "response"),
+    "Alpaca": ("instruction", "output"), "Dolly": ("instruction", "response"),
+    "question, answer": ("question", "answer"), "question, response": ("question", "response")}
+PREFERENCES = {
+    **{f"{name}, chosen, rejected": (key, "chosen", "rejected") for name, key in
+       (("prompt", "prompt"), ("ShareGPT", "conversations"), ("Alpaca", "instruction"), ("question", "question"))},
+    "chosen, rejected": ("chosen", "rejected"),
+    "OpenAI's preferences": ("input", "preferred_output", "non_preferred_output")}
+LABELLED = {f"{name} with labels (KTO)": (*keys, "label") for name, keys in CONVERSATIONS.items()}
+OURS = ("messages", "prompt, chosen, rejected", "chosen, rejected")     # which nobody needs to be told of
+SYSTEM, MORE = ("system", "system_prompt"), ("input", "context")    # columns of a system message; of more of a question
+HAVE_MEANING = {*SYSTEM, *MORE, "weight", "label", "role", "content", "from", "value", "tool_calls", "function_call"}
+HINTS = {"message_tree_id": "OASST? write oasst1:PATH", "completions": "UltraFeedback? write ultrafeedback:PATH",
+         "chosen": "preferences? add --pairs, or use dpo.py", "preferred_output": "preferences? use dpo.py",
+         **{keys[0]: "conversations? use sft.py" for keys in CONVERSATIONS.values()}}
 
 
-@row_by_row
-def read_messages(row: dict) -> Thread:
-    """{"messages": [{"role", "content"}, ...]}: SmolTalk, saved chats, anyone's JSONL."""
-    messages = as_messages(*want(row, "messages"), "messages")
-    kept = until_last_reply(messages)
-    return Thread(kept, cut=None if kept[-1] is messages[-1] else "no reply")
+def layout_of(row: dict, layouts: dict[str, tuple[str, ...]]) -> str | None:
+    """The first of these whose keys the row has, not null if that can be: a table has all its columns in every row."""
+    for there in ({key for key, value in row.items() if value is not None}, set(row)):
+        for name, keys in layouts.items():
+            if there.issuperset(keys):
+                return name
+    return None
 
 
-@row_by_row
-def read_preferences(row: dict) -> Preference:
-    """{"prompt", "chosen", "rejected"}: lists of messages or plain strings; without a prompt, what the two lists share.
+def read_layout(row: dict, layouts: dict[str, tuple[str, ...]], count: Count) -> list[Conversation]:
+    """The conversation of a row, or both of a pair. Which layout it has, and what is not used of it, is counted."""
+    first, *_ = layouts.values()
+    if not isinstance(row, dict):
+        want(row, *first)
+    if (name := layout_of(row, layouts)) is None:
+        wanted = ", or ".join(" and ".join(keys) for keys in layouts.values() if "label" not in keys)
+        hint = next((f"  ({HINTS[key]})" for key in HINTS if key in row and key not in first), "")
+        raise BadRow("wrong keys", f"keys found: {keys_of(row)}; keys wanted: {wanted}{hint}")
+    keys = [key for key in layouts[name] if key != "label"]
+    count.notes[f"read as {name}"] += name not in OURS
+    count.unused.update(unused(row, HAVE_MEANING | set(keys)))
+    if not is_yes(row, "weight"):
+        raise Drop("its weight is 0")
+    if len(keys) == 1:
+        talks = [as_messages(row[keys[0]], keys[0])]
+    else:
+        prompt, replies = answered(row, *(keys if keys[0] != "chosen" else ("prompt", *keys)))
+        # a prompt is not learnt, even where the assistant speaks in it: so it is in TRL
+        prompt = [m | {"weight": 0} if m["role"] == "assistant" else m for m in prompt]
+        talks = [prompt + reply for reply in replies]
+    system = [{"role": "system", "content": as_text(row[key], key)} for key in SYSTEM if row.get(key)]
+    return [[m for m in system if m["content"] and m not in talk] + talk for talk in talks]
 
-    Lists may also repeat the prompt, as in ultrafeedback_binarized. Two strings without one are transcripts in
-    HH-RLHF's manner.
+
+def unused(row: dict, known: set[str]) -> set[str]:
+    """The keys of a row, and of the messages in it, that have no meaning here. An empty value says nothing."""
+    inner = (m for key in known if isinstance(row.get(key), list) for m in row[key] if isinstance(m, dict))
+    return {f"{excerpt(key)[:40]}{where}" for part, where in chain([(row, "")], ((m, " of a message") for m in inner))
+            for key, value in part.items() if key not in known and value not in (None, "", [], {})}
+
+
+def answered(row: dict, ask: str, *replies: str) -> tuple[Conversation, list[Conversation]]:
+    """A row's prompt, and each of its replies: text, transcripts in HH-RLHF's manner, or messages.
+
+    Replies may repeat the prompt, or be whole conversations, of which a prompt that is text is part.
     """
-    chosen, rejected = want(row, "chosen", "rejected")
-    prompt = row.get("prompt")
-    if prompt is None and isinstance(chosen, str):
-        return hh_preference(row)
+    prompt, texts = row.get(ask), [row[key] for key in replies]
     if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    prompt = [] if prompt is None else as_messages(prompt, "prompt")
-    sides = [[{"role": "assistant", "content": as_text(side, key)}] if isinstance(side, str) else as_messages(side, key)
-             for key, side in (("chosen", chosen), ("rejected", rejected))]
-    if sides[0][:len(prompt)] == prompt or (isinstance(row["prompt"], str) and sides[0][0]["role"] != "assistant"):
-        prompt = []
-    return preference(prompt + sides[0], prompt + sides[1])
+        prompt = "\n\n".join(as_text(row[key], key) for key in (ask, *MORE) if row.get(key))
+        again = re.compile(re.escape(prompt) + r"\s")     # of three words at least: "Hi there" may be a reply to "Hi"
+        if len(prompt.split()) > 2 and all(isinstance(text, str) and again.match(text.lstrip()) for text in texts):
+            texts = [text.lstrip()[len(prompt):] for text in texts]
+    sides = [as_turns(text, key, "assistant") for text, key in zip(texts, replies, strict=True)]
+    if prompt is None and not any(message["role"] == "user" for side in sides for message in side):
+        raise BadRow("wrong keys", f"keys found: {keys_of(row)}; keys wanted: {ask} too, for these are no transcripts "
+                                   "(Human: ... Assistant: ...)")
+    before = [] if prompt is None else as_turns(prompt, ask, "user")
+    if before and before[-1] == {"role": "assistant", "content": ""}:
+        before.pop()                    # a transcript that ends with "Assistant:"
+    if isinstance(prompt, str) and all(side and side[0]["role"] != "assistant" for side in sides):
+        before = []
+    elif all(side[:len(before)] == before for side in sides):
+        sides = [side[len(before):] for side in sides]
+    return before, sides
 
 
-def hh_preference(row: dict) -> Preference:
-    """HH-RLHF: {"chosen", "rejected"}, each a transcript whose turns open with a blank line and Human: or Assistant:"""
+def as_turns(value: Any, key: str, role: str) -> Conversation:
+    """Messages, also in an object as OpenAI has them; one message; a transcript; or a text of this role."""
+    if isinstance(value, dict):
+        value = value.get("messages", [value])
+    if not isinstance(value, str):
+        return as_messages(value, key)
+    text = as_text(value, key)
+    opening, turns = turns_of(text)
+    return turns if not opening and len({turn["role"] for turn in turns}) == 2 else [{"role": role, "content": text}]
+
+
+def turns_of(transcript: str) -> tuple[str, Conversation]:
+    """What stands before the first turn, and the turns, which open with a blank line and Human: or Assistant:"""
+    opening, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + transcript)
+    return opening.strip(), [{"role": "user" if who == "Human" else "assistant", "content": clean(said)}
+                             for who, said in zip(turns[::2], turns[1::2], strict=True)]
+
+
+def read_conversations(rows: Iterable[FileRow], count: Count, language: str,
+                       layouts: dict[str, tuple[str, ...]] = CONVERSATIONS) -> Iterator[Thread]:
+    def read_one(row):
+        [messages] = read_layout(row, layouts, count)
+        if not is_yes(row, "label"):
+            raise Drop("its label is false: a reply that was not wanted")
+        kept = until_last_reply(messages)
+        return Thread(kept, cut=None if kept[-1] is messages[-1] else "no reply")
+    return rows_read(rows, read_one, count)
+
+
+read_messages = partial(read_conversations, layouts={"messages": CONVERSATIONS["messages"]})
+
+
+def read_preferences(rows: Iterable[FileRow], count: Count, language: str) -> Iterator[Preference]:
+    """Pairs; of labelled replies (KTO), each wanted one against each unwanted one to the same prompt."""
+    labelled = defaultdict(lambda: ([], []))        # a prompt as JSON: its unwanted and its wanted replies
+
+    def read_one(row):
+        talk, *worse = read_layout(row, PREFERENCES | LABELLED, count)
+        if worse:
+            return preference(talk, *worse)
+        if not talk or talk[-1]["role"] != "assistant":
+            raise Drop("no reply at the end")
+        labelled[json.dumps(talk[:-1])][is_yes(row, "label")].append(talk[-1]["content"])
+
+    yield from filter(None, rows_read(rows, read_one, count))
+    for prompt, sides in labelled.items():
+        if not all(sides):
+            count.drop("no reply of the other label to its prompt", sum(map(len, sides)))
+        else:
+            count.drop(f"beyond {MOST_SIBLINGS} replies of a label", sum(len(side[MOST_SIBLINGS:]) for side in sides))
+        for worse, better in product(*(side[:MOST_SIBLINGS] for side in sides)):
+            try:
+                yield comparison(json.loads(prompt), better, worse)
+            except Drop as drop:
+                count.drop(drop.args[0])
+
+
+# ---- HH-RLHF, UltraFeedback ----------------------------------------------------------------------
+
+
+@row_by_row
+def read_hh(row: dict) -> Preference:
+    """HH-RLHF: {"chosen", "rejected"}, each a transcript."""
     sides = []
     for key, transcript in zip(("chosen", "rejected"), want(row, "chosen", "rejected"), strict=True):
-        opening, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + as_text(transcript, key))
-        if opening.strip() or not turns:
-            raise Drop("text before the first turn" if opening.strip() else "empty transcript")
-        sides.append([{"role": "user" if who == "Human" else "assistant", "content": clean(said)}
-                      for who, said in zip(turns[::2], turns[1::2], strict=True)])
+        opening, turns = turns_of(as_text(transcript, key))
+        if opening or not turns:
+            raise Drop("text before the first turn" if opening else "empty transcript")
+        sides.append(turns)
     return preference(*sides)
 
 
-read_hh = row_by_row(hh_preference)
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 
 
@@ -1265,40 +1451,46 @@ DATA_SETS = {
     "hh-rlhf": DataSet(None, read_hh, hub="Anthropic/hh-rlhf", files=("*/train.jsonl.gz", "*/test.jsonl.gz")),
     "ultrafeedback": DataSet(None, read_ultrafeedback, hub="openbmb/UltraFeedback", files=("*.jsonl",),
                              columns=("instruction", "completions")),
-    "jsonl": DataSet(read_messages, read_preferences),      # what a PATH without a NAME is
+    "jsonl": DataSet(read_conversations, read_preferences),     # what a PATH without a NAME is
 }
 SHIPPED = dict(DATA_SETS)   # without those that others add
 
 
 def parse_spec(spec: str) -> tuple[str, Path | None, float]:
-    """NAME, NAME:PATH or PATH, with an optional @WEIGHT -> (name, path or None, weight)."""
+    """NAME, NAME:PATH or PATH, with an optional #SPLIT and @WEIGHT -> (name, path with its split or None, weight)."""
     source, weight = spec, 1.0
     if match := re.fullmatch(r"(.+)@(\d{1,9}(?:\.\d{,9})?)", spec, re.DOTALL):
         source, weight = match[1], float(match[2])
         if not 0 < weight <= 100:
             raise ValueError(f"the weight of {excerpt(spec)!r} must be a number above 0 and at most 100")
-    name, _, path = source.partition(":")
-    if name in DATA_SETS and (path or source == name != "jsonl"):
-        return name, Path(path) if path else None, weight
+    name, mark, path = re.fullmatch(r"([^:#]*)([:#]?)(.*)", source, re.DOTALL).groups()
+    if name in DATA_SETS and (path or source == name) and source.partition("#")[0] != "jsonl":
+        return name, Path(mark.strip(":") + path) if path else None, weight
+    hub, mark, split = source.partition("#")
     with suppress(OSError, ValueError):     # what stands here goes before what the Hub has
         for name, data_set in DATA_SETS.items():
-            if data_set.hub == source and not Path(source).exists():
-                return name, None, weight
+            if data_set.hub == hub and not Path(hub).exists():
+                return name, Path(mark + split) if split else None, weight
     return "jsonl", Path(source), weight
 
 
-def open_spec(name: str, path: Path | None) -> Iterator[FileRow]:
-    """The rows of a data set, from wherever it is."""
-    data_set = DATA_SETS[name]
-    path = path or data_set.file
-    if path is None:
-        return hub_rows(name, data_set)
-    shown = visible(str(path))[:200]
-    folder = file = False
+def open_spec(name: str, path: Path | None, notes: Counter | None = None) -> Iterator[FileRow]:
+    """The rows of a data set, from wherever it is; which of several splits they are is noted."""
+    data_set, split, folder, file = DATA_SETS[name], "", False, False
     with suppress(OSError, ValueError):     # a name that no file can have
+        if path and "#" in path.name and not path.exists():
+            whole, _, split = str(path).rpartition("#")
+            path = Path(whole) if whole else None
+    path, notes = path or data_set.file, Counter() if notes is None else notes
+    if path is None:
+        return hub_rows(name, data_set, split, notes)
+    shown = visible(str(path))[:200]
+    with suppress(OSError, ValueError):
         folder, file = path.is_dir() and path != Path(), path.is_file()
-    if folder or (file and path.suffix == ".parquet"):
-        return folder_rows(path, data_set)
+    if folder or (file and path.suffix in TABLES):
+        return folder_rows(path, data_set, split, notes)
+    if file and split:
+        raise ValueError(f"{shown} is a file and has no splits, so #{visible(split)[:80]} means nothing")
     if file:
         return watched(file_rows(path), f"reading {shown}", size_unpacked(path),
                        lambda row: len(row[1]) if isinstance(row[1], bytes) else 0)
@@ -1315,16 +1507,14 @@ def open_spec(name: str, path: Path | None) -> Iterator[FileRow]:
 
 
 def file_rows(path: Path) -> Iterator[FileRow]:
-    """The rows of a .jsonl, .jsonl.gz or .json file, each line by itself, whatever it holds."""
+    """The rows of a .jsonl, .jsonl.gz or .json file, each line by itself, whatever it holds; or of one JSON list."""
+    refuse_pointers(path)
     shown, zipped = visible(str(path))[:200], is_gzip(path)
-    if path.suffix == ".json" and not zipped and path.stat().st_size < LONGEST_LINE:
-        whole = parse_json(path.read_bytes())
-        if not isinstance(whole, BadRow):   # otherwise it may be JSONL by another name
-            rows = whole if isinstance(whole, list) else [whole]
-            yield from ((f"{shown}[{i}]", row, row) for i, row in enumerate(rows))
-            return
     number = rows = 0
     with gzip.open(path) if zipped else open(path, "rb") as file:
+        if (listed := one_value(file, shown)) is not None:
+            yield from ((f"{shown}[{i}]", row, row) for i, row in enumerate(listed))
+            return
         while True:
             number, line = number + 1, b""
             try:
@@ -1336,7 +1526,7 @@ def file_rows(path: Path) -> Iterator[FileRow]:
                 return
             if not line:
                 break
-            if line.strip(b" \t\r\n\xef\xbb\xbf"):
+            if line.strip(BLANK):
                 rows += 1
                 yield f"{shown}:{number}", line, parse_json(line)
     if not rows:
@@ -1361,6 +1551,43 @@ def size_unpacked(path: Path) -> int:
         return int.from_bytes(file.read(), "little")
 
 
+BLANK = b" \t\r\n\xef\xbb\xbf"        # the mark that Windows puts first, too
+
+
+def one_value(file: IO[bytes], shown: str) -> list | None:
+    """The rows of a file that is one JSON list, or one object over many lines; None if it goes by lines."""
+    with suppress(OSError, EOFError, zlib.error):   # what cannot be read is told of line by line
+        first = next((line for line in iter(lambda: file.readline(LONGEST_LINE), b"") if line.strip(BLANK)), b"")
+        file.seek(0)
+        begin, row = first.lstrip(BLANK)[:1], parse_json(first)
+        if isinstance(row, dict) or begin not in (b"[", b"{"):
+            return None
+        text = file.read(LONGEST_FILE)
+        file.seek(0)
+        if len(text) == LONGEST_FILE and begin == b"[":
+            raise ValueError(f"{shown} is one JSON list of {LONGEST_FILE >> 20:,} MiB or more. As JSONL it is read:\n"
+                             "python -c \"import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]\" "
+                             f"< {shown} > {shown}l")
+        match parse_json(text):
+            case {**value}:
+                return [value]
+            case [{}, *_] as rows:
+                return rows
+            case BadRow() as bad if isinstance(row, BadRow) and begin == b"[":
+                raise ValueError(f"{shown} begins as a JSON list and is none: {bad.args[1]}\n"
+                                 "Mend it, or fetch it once more if a download broke off")
+    return None
+
+
+def refuse_pointers(*files: Path) -> None:
+    """git-lfs leaves a few lines of text in the place of a large file until that is fetched."""
+    for file in files:
+        with suppress(OSError), open(file, "rb") as opened_file:
+            if opened_file.read(40).startswith(b"version https://git-lfs"):
+                raise ValueError(f"{visible(str(file))[:200]} is a git-lfs pointer, not the file itself.\n"
+                                 "Fetch that, in its repository:  git lfs pull")
+
+
 def parse_json(line: bytes) -> Any:
     if len(line) == LONGEST_LINE:
         return BadRow("too long a line", f"the line has {LONGEST_LINE:,} bytes or more")
@@ -1379,30 +1606,34 @@ def is_gzip(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
-def folder_rows(path: Path, data_set: DataSet) -> Iterator[FileRow]:
-    """The rows of a folder (or parquet file), all splits, as `load_dataset` reads it."""
+TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+
+
+def folder_rows(path: Path, data_set: DataSet, split: str, notes: Counter) -> Iterator[FileRow]:
+    """The rows of a folder (or of a table's file) as `load_dataset` reads it, of all splits or of one."""
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # its errors are told below
+    refuse_pointers(*(path.rglob("*") if path.is_dir() else [path]))
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         if path.is_file():
-            splits = datasets.load_dataset("parquet", data_files=str(path))
+            splits = datasets.load_dataset(TABLES[path.suffix], data_files=str(path))
         else:
             configs = datasets.get_dataset_config_names(str(path))
             splits = datasets.load_dataset(str(path), data_set.config if data_set.config in configs else None)
     except Exception as error:      # anything at all, for anything at all may lie in a folder
         raise ValueError(f"{visible(str(path))[:200]}: load_dataset cannot read it.\n"
                          "Wanted a folder of parquet or JSON files that share their columns") from error
-    return dataset_rows(splits, visible(str(path))[:200], data_set)
+    return dataset_rows(splits, visible(str(path))[:200], data_set, split, notes)
 
 
 PATIENCE = 10   # seconds that the Hub has to answer the first question
 
 
-def hub_rows(name: str, data_set: DataSet) -> Iterator[FileRow]:
-    """The rows of a data set of the Hugging Face Hub, all splits; what is in the Hub's cache is taken unasked."""
+def hub_rows(name: str, data_set: DataSet, split: str, notes: Counter) -> Iterator[FileRow]:
+    """The rows of a data set of the Hugging Face Hub, of all splits or of one; what is in the Hub's cache is taken unasked."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import disable_progress_bars, logging
 
@@ -1425,14 +1656,20 @@ def hub_rows(name: str, data_set: DataSet) -> Iterator[FileRow]:
             f"With a network, get it:  uv run hf download --repo-type dataset {data_set.hub} --local-dir data/{name}"
             f" --include {shlex.join(data_set.files)}\n"
             f"and name the folder:     {name}:data/{name}") from error
-    return fetched_rows(folder, data_set)
+    return fetched_rows(folder, data_set, split, notes)
 
 
-def fetched_rows(folder: Path, data_set: DataSet) -> Iterator[FileRow]:
+def fetched_rows(folder: Path, data_set: DataSet, split: str, notes: Counter) -> Iterator[FileRow]:
     """The rows of parquet files or JSONL in the Hub's cache, as they are: `datasets` would write all once more."""
     from pyarrow import parquet
 
     files = sorted(file for pattern in data_set.files for file in folder.glob(pattern))
+    splits = {file: re.split("[-.]", file.name)[0] for file in files}   # train-00000-of-00002.parquet, test.jsonl.gz
+    if split and split not in splits.values():
+        known = ", ".join(sorted(set(splits.values())))
+        raise ValueError(f"{data_set.hub} has no split {visible(split)[:80]!r}; it has {known}")
+    files = [file for file in files if split in ("", splits[file])]
+    several = len({splits[file] for file in files}) > 1
     with progress(f"reading {data_set.hub}", len(files)) as advance:
         for file in files:
             shown = f"{data_set.hub} {file.relative_to(folder)}"
@@ -1442,6 +1679,7 @@ def fetched_rows(folder: Path, data_set: DataSet) -> Iterator[FileRow]:
                     columns = [name for name in table.schema_arrow.names if name in (data_set.columns or (name,))]
                     batches = table.iter_batches(1000, columns=columns)
                     for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
+                        notes[f"rows of the split {splits[file]}"] += several
                         yield f"{shown} row {number}", row, row
                         advance(1 / table.metadata.num_rows)
                 else:
@@ -1449,6 +1687,7 @@ def fetched_rows(folder: Path, data_set: DataSet) -> Iterator[FileRow]:
                     for place, line, row in file_rows(file):
                         if isinstance(row, BadRow):
                             refuse_damaged(file)
+                        notes[f"rows of the split {splits[file]}"] += several
                         yield place, line, row
                         advance(len(line) / size)
             except (OSError, ValueError) as error:
@@ -1474,13 +1713,19 @@ def hub_folder(data_set: DataSet, fetch: bool = False) -> Path | None:
     return None
 
 
-def dataset_rows(splits: dict, source: str, data_set: DataSet) -> Iterator[FileRow]:
-    for split, table in splits.items():
+def dataset_rows(splits: dict, source: str, data_set: DataSet, split: str, notes: Counter) -> Iterator[FileRow]:
+    """The rows of one split, or of all: these are named, for some data sets have the same rows in several."""
+    if split and split not in splits:
+        raise ValueError(f"{source} has no split {visible(split)[:80]!r}; it has {', '.join(splits)}")
+    for name in [split] if split else splits:
+        table = splits[name]
+        if len(splits) > 1:
+            notes[f"rows of the split {name}"] += len(table)
         columns = [column for column in data_set.columns or () if column in table.column_names]
         table = (table.select_columns(columns) if columns else table).with_format("arrow")
         rows = chain.from_iterable(batch.to_pylist() for batch in table.iter(batch_size=1000))
-        rows = ((f"{source} {split} row {number}", row, row) for number, row in enumerate(rows, 1))
-        yield from watched(rows, f"reading {source} {split}", len(table), lambda row: 1)
+        rows = ((f"{source} {name} row {number}", row, row) for number, row in enumerate(rows, 1))
+        yield from watched(rows, f"reading {source} {name}", len(table), lambda row: 1)
 
 
 # ---- the tokenizer for other tools ---------------------------------------------------------------
@@ -1696,6 +1941,7 @@ def describe(data: Data, what: str) -> str:
         lines.append(f"{spec['spec']}: {spec['kept']:,} {what} kept, {sum(spec['dropped'].values()):,} dropped")
         lines += [f"  dropped  {n:>9,}  {reason}" for reason, n in spec["dropped"].items()]
         lines += [f"  note     {n:>9,}  {note}" for note, n in spec["notes"].items()]
+        lines += [f"  not used            the keys {', '.join(spec['unused'])}"] * bool(spec["unused"])
     length = "  ".join(f"{q} {n:,}" for q, n in facts["length"].items())
     return "\n".join([*lines, f"rows      {facts['train']:,} to train on, {facts['val']:,} to validate on",
                       f"tokens    {facts['tokens']:,}, of which {facts['supervised_share']:.1%} are supervised",
@@ -1873,7 +2119,7 @@ def only_preferences(spec: str) -> bool:
     if name != "jsonl":
         return DATA_SETS[name].conversations is None
     first = next((row for _, _, row in open_spec(name, path) if isinstance(row, dict)), {})
-    return "chosen" in first and "messages" not in first
+    return layout_of(first, PREFERENCES) is not None and layout_of(first, CONVERSATIONS) is None
 
 
 def main(cfg: Config) -> Data:

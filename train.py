@@ -105,6 +105,7 @@ class Settings(data.Reading):
 
 # Settings that may differ when a run is resumed, because the result does not depend on them.
 MAY_DIFFER = {"overwrite", "debug", "config", "preset", "tracker", "save_every", "keep", "out"}
+BY_CONTENT = {"data", "model", "adapter"}  # may lie elsewhere: it is their sha256 that has to be the same
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -705,11 +706,11 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
     need = model.memory_estimate(gpt, max(cfg.micro_batch_tokens, cfg.context), cfg.context, run.dtype,
                                  run.world if cfg.fsdp else 1)
     free = model.memory_free(run.device) + loaded  # the estimate has the weights in it
-    dropped = ", ".join(f"{n:,} {why}" for why, n in report["dropped"].items())
+    dropped, unused = ", ".join(f"{n:,} {why}" for why, n in report["dropped"].items()), ", ".join(report["unused"])
     facts = {
         "model": f"{about['name']}: {about['parameters']:,} parameters, {learning:,} trained",
         "data": f"{' '.join(cfg.data)}: {len(rows.train):,} {cfg.row_name} to train on, {len(rows.val):,} to validate"
-                + (f"; dropped: {dropped}" if dropped else ""),
+                + (f"; dropped: {dropped}" if dropped else "") + (f"; keys not used: {unused}" if unused else ""),
         "steps": f"{cfg.steps:,} of {cfg.batch_size} {cfg.row_name}, "
                  f"{cfg.steps * cfg.batch_size / len(rows.train):.2g} times the data",
         "device": f"{run.device.type}, {str(run.dtype).removeprefix('torch.')}, {run.world} "
@@ -899,7 +900,7 @@ def open_folder(run: Run, about: dict) -> dict:
 def _differences(old: dict, new: dict, defaults: dict) -> list[str]:
     new, defaults = json.loads(json.dumps([new, defaults]))  # tuples become lists, as in the file
     before = defaults | old.get("config", {})  # a setting may be younger than the run
-    pairs = [(option(k), before[k], v) for k, v in new["config"].items() if k not in MAY_DIFFER]
+    pairs = [(option(k), before[k], v) for k, v in new["config"].items() if k not in MAY_DIFFER | BY_CONTENT]
     pairs += [("stage", old.get("stage"), new["stage"]),
               ("data (sha256)", old.get("data", {}).get("sha256"), new.get("data", {}).get("sha256")),
               ("model (sha256)", old.get("model", {}).get("sha256"), new.get("model", {}).get("sha256"))]

@@ -38,6 +38,10 @@ def system(text):
     return {"role": "system", "content": text}
 
 
+CHAT = {"messages": [user("Hi"), assistant("Hello")]}
+OTHER = {"messages": [user("Hi"), assistant("Welcome")]}     # for what is there twice counts once
+
+
 def write(path, rows):
     """A JSONL file of rows; bytes are written as they are."""
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
@@ -394,35 +398,219 @@ def load_preferences(tmp_path, *rows, name=None, **options):
 
 def test_jsonl_messages(tmp_path):
     chat = [system("Be kind."), user("Hi"), assistant("Hello")]
-    loaded = load_messages(tmp_path, {"messages": chat, "source": "me"}, {"messages": [*chat, user("And?")]},
+    more = [system("Be brief."), *chat[1:]]
+    loaded = load_messages(tmp_path, {"messages": chat, "source": "me"}, {"messages": [*more, user("And?")]},
                            {"messages": [system(" "), *chat[1:]]}, {"messages": [user("Hi")]},
                            {"messages": [user("Hi"), assistant(" \n")]}, {"messages": [assistant("Welcome!")]})
-    assert texts(loaded) == [("Be kind.", "Hi", "Hello")] * 2 + [("Hi", "Hello"), ("Welcome!",)]
+    assert texts(loaded) == [("Be kind.", "Hi", "Hello"), ("Be brief.", "Hi", "Hello"), ("Hi", "Hello"), ("Welcome!",)]
     assert loaded.report.dropped == {"no reply": 1, "empty message": 1}
     assert loaded.report.notes == {"cut at the last good reply": 1}
 
 
-def test_a_json_file_may_hold_one_chat_or_a_list_of_them(tmp_path):
-    chat = {"messages": [user("Hi"), assistant("Hello")]}
-    (tmp_path / "chat.json").write_text(json.dumps(chat, indent=2))
-    (tmp_path / "chats.json").write_text(json.dumps([chat, chat], indent=2))
-    (tmp_path / "lines.json").write_text(f"{json.dumps(chat)}\n{json.dumps(chat)}\n{json.dumps(chat)}\n")
-    loaded = data.load_rows([str(tmp_path / name) for name in ("chat.json", "chats.json", "lines.json")])
-    assert [count.kept for count in loaded.counts] == [1, 2, 3]
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_json_file_may_hold_one_chat_or_a_list_of_them(tmp_path, ending):
+    """Over many lines or on one, and whatever it is called."""
+    one, two, three, *more = ({"messages": [user("Hi"), assistant(f"Hello {i}")]} for i in range(8))
+    contents = {"chat.json": json.dumps(one, indent=2), "chats.jsonl": json.dumps([two, three], indent=2),
+                "lines.json": "\n".join(map(json.dumps, more[:3])), "line.jsonl": f"\ufeff{json.dumps(more[3:])}\n"}
+    paths = [tmp_path / (name + ending) for name in contents]
+    for path, content in zip(paths, contents.values(), strict=True):
+        path.write_bytes((gzip.compress if ending else bytes)(content.encode()))
+    loaded = data.load_rows(list(map(str, paths)))
+    assert [count.kept for count in loaded.counts] == [1, 2, 3, 2]
+
+
+def test_a_list_that_is_none_or_too_long_is_called_what_it_is(tmp_path, monkeypatch):
+    listed = json.dumps([CHAT, OTHER], indent=1)
+    (tmp_path / "half.jsonl").write_text(listed[:-20])
+    with pytest.raises(ValueError, match=r"(?s)half\.jsonl begins as a JSON list and is none: .*download"):
+        data.load_rows([str(tmp_path / "half.jsonl")])
+    (tmp_path / "long.json").write_text(listed)
+    monkeypatch.setattr(data, "LONGEST_FILE", len(listed))
+    with pytest.raises(ValueError, match=r"one JSON list") as error:
+        data.load_rows([str(tmp_path / "long.json")])
+    command = next(line for line in str(error.value).splitlines() if "python -c" in line)
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)     # it says how to convert it
+    assert texts(data.load_rows([str(tmp_path / "long.jsonl")], data.Reading(val_fraction=0))) == [
+        ("Hi", "Hello"), ("Hi", "Welcome")]
+
+
+def test_lines_that_are_lists_are_rows_that_are_lists(tmp_path):
+    assert "found a list, wanted an object" in failure([[user("Hi"), assistant("Hello")]] * 2, tmp_path)
+
+
+def test_a_pointer_of_git_lfs_is_called_by_its_name(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
+    (tmp_path / "folder").mkdir()
+    for name in ("chats.jsonl", "chats.jsonl.gz", "chats.parquet", "folder/train.parquet"):
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(ValueError, match=r"(?s)is a git-lfs pointer.*git lfs pull"):
+            data.load_rows([str(tmp_path / name)])
+    with pytest.raises(ValueError, match="git-lfs pointer"):
+        data.load_rows([f"smoltalk:{tmp_path / 'folder'}"])
+
+
+def test_a_table_of_commas(tmp_path, hub_folder):
+    rows = 'instruction,input,output\n"Name a colour, please.",,Green.\nCount.,a b,Two.\n'
+    (tmp_path / "alpaca.csv").write_text(rows)
+    loaded = data.load_rows([str(tmp_path / "alpaca.csv")], data.Reading(val_fraction=0))
+    assert texts(loaded) == [("Name a colour, please.", "Green."), ("Count.\n\na b", "Two.")]
 
 
 def test_jsonl_preferences_in_every_form(tmp_path):
     prompt = [system("Be kind."), user("Hi")]
     wanted = (("Be kind.", "Hi"), "Hello", "No")
-    loaded = load_preferences(
-        tmp_path, {"prompt": prompt, "chosen": [assistant("Hello")], "rejected": [assistant("No")]},
+    rows = [
+        {"prompt": prompt, "chosen": [assistant("Hello")], "rejected": [assistant("No")]},
         {"chosen": [*prompt, assistant("Hello")], "rejected": [*prompt, assistant("No")]},
         {"prompt": prompt, "chosen": "Hello", "rejected": "No"},
         {"prompt": prompt, "chosen": [*prompt, assistant("Hello")], "rejected": [*prompt, assistant("No")]},
         {"prompt": "Hi", "chosen": "Hello", "rejected": "No"},
         {"prompt": "Hi", "chosen": [user("Hi"), assistant("Hello")], "rejected": [user("Hi"), assistant("No")]},
-        {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: No"})
-    assert pair_texts(loaded) == [wanted] * 4 + [(("Hi",), "Hello", "No")] * 3
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: No"}]
+    found = [pair_texts(load_preferences(tmp_path, row))[0] for row in rows]
+    assert found == [wanted] * 4 + [(("Hi",), "Hello", "No")] * 3
+    loaded = load_preferences(tmp_path, *rows)
+    assert loaded.report.kept == 2 and loaded.report.dropped == {"the same pair was read before": 5}
+
+
+# Name, the rows of a file, what they say, and what of it is learnt, without the closing tokens.
+LAYOUTS = {
+    "ShareGPT": ({"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"},
+                                    {"from": "gpt", "value": "Hello"}]}, ["Be brief.", "Hi", "Hello"], ["Hello"]),
+    "ShareGPT with a column": ({"system": "Be brief.", "tools": "", "conversations": [
+        {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, ["Be brief.", "Hi", "Hello"], ["Hello"]),
+    "conversations": ({"conversations": CHAT["messages"]}, ["Hi", "Hello"], ["Hello"]),
+    "conversation": ({"conversation": CHAT["messages"], "messages": None}, ["Hi", "Hello"], ["Hello"]),
+    "Alpaca": ({"instruction": "Say it.", "input": "", "output": "Hello"}, ["Say it.", "Hello"], ["Hello"]),
+    "Alpaca with an input": ({"instruction": "Count.", "input": "a b", "output": "Two"}, ["Count.\n\na b", "Two"],
+                             ["Two"]),
+    "Dolly": ({"instruction": "Who?", "context": "It was Ida.", "response": "Ida"}, ["Who?\n\nIt was Ida.", "Ida"],
+              ["Ida"]),
+    "strings": ({"prompt": "Hi", "completion": " Hello"}, ["Hi", "Hello"], ["Hello"]),
+    "messages": ({"prompt": CHAT["messages"] + [user("And?")], "completion": [assistant("No")]},
+                 ["Hi", "Hello", "And?", "No"], ["No"]),     # as TRL has it, a prompt is not learnt
+    "a transcript": ({"prompt": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And?\n\nAssistant:", "completion": " No"},
+                     ["Hi", "Hello", "And?", "No"], ["No"]),
+    "a prompt that comes again": ({"prompt": "What is it?", "response": "What is it? A cat."},
+                                  ["What is it?", "A cat."], ["A cat."]),
+    "and none": ({"prompt": "Hi", "response": "Hi there"}, ["Hi", "Hi there"], ["Hi there"]),
+    "OpenOrca": ({"system_prompt": "Be kind.", "question": "Hi", "response": "Hello"}, ["Be kind.", "Hi", "Hello"],
+                 ["Hello"]),
+    "question and answer": ({"question": "Hi", "answer": "Hello", "label": True}, ["Hi", "Hello"], ["Hello"]),
+    "weights": ({"messages": [user("Hi"), assistant("No") | {"weight": 0}, user("And?"),
+                              assistant("Yes") | {"weight": 1}, user("So?"), assistant("So") | {"weight": 0.0}]},
+                ["Hi", "No", "And?", "Yes"], ["Yes"]),
+    "parts": ({"messages": [user([{"type": "text", "text": "six "}, {"type": "text", "text": "and one"}]),
+                            assistant([{"type": "text", "text": "7"}])]}, ["six and one", "7"], ["7"]),
+    "roles": ({"messages": [{"role": "developer", "content": "Be kind."}, {"role": "Human", "content": "Hi"},
+                            {"role": "model", "content": "Hello", "tool_calls": None}]}, ["Be kind.", "Hi", "Hello"],
+              ["Hello"])}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_conversations_as_people_have_them(tmp_path, name):
+    row, said, wanted = LAYOUTS[name]
+    loaded = load_messages(tmp_path, row)
+    assert texts(loaded) == [tuple(said)]
+    assert learnt(loaded.train[0]) == "".join(f"{text}<|endoftext|>" for text in wanted)
+    assert not loaded.report.unused
+
+
+def test_the_report_says_what_was_read_and_what_was_not_used(tmp_path, capsys):
+    rows = [{"instruction": "Hi", "output": "Hello", "category": "x", "id": i, "notes": None, "tags": []}
+            for i in range(2)] + [
+        {"conversations": [{"from": "human", "value": "Hi", "name": "Ida"},
+                           {"from": "gpt", "value": "Welcome", "reasoning_content": "Well.", "model": ""}]}, CHAT]
+    loaded = load_messages(tmp_path, *rows)
+    assert loaded.report.notes == {"read as Alpaca": 2, "read as ShareGPT": 1}
+    assert loaded.report.unused == {"category": 2, "id": 2, "name of a message": 1, "reasoning_content of a message": 1}
+    assert loaded.report.dropped == {"the same conversation was read before": 2}     # in whatever layout
+    assert loaded.report.kept == 2
+    report = data.describe(loaded, "conversations")
+    assert all(key in report for key in ("read as Alpaca", "category", "reasoning_content"))
+
+
+@pytest.mark.parametrize(("message", "reason"), [
+    ({"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}, "tool calls"),
+    ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "tool calls"),
+    ({"role": "assistant", "content": "", "function_call": {"name": "f"}}, "tool calls"),
+    ({"role": "tool", "tool_call_id": "a"}, "tool calls"), ({"from": "observation", "value": "x"}, "tool calls"),
+    (user([{"type": "image_url", "image_url": "x"}]), "content that is no text: image_url"),
+    (assistant(None), "empty message"), (assistant("Hello") | {"weight": 0}, "no reply has a weight")])
+def test_what_is_no_text_is_dropped_with_its_reason(tmp_path, message, reason):
+    loaded = load_messages(tmp_path, CHAT, {"messages": [user("Hm?"), message]})
+    assert loaded.report.kept == 1 and loaded.report.dropped == {reason: 1}
+
+
+@pytest.mark.parametrize(("row", "says"), [
+    ({"messages": [user("Hi"), assistant("Hello") | {"weight": 0.5}]}, "weight is 0.5, wanted 0 or 1"),
+    (CHAT | {"weight": 2}, "weight is 2"), (CHAT | {"label": "bad"}, "label is bad, wanted 0 or 1, false or true"),
+    ({"messages": [user([{"type": "text", "text": 1}])]}, "text is a number"),
+    (CHAT | {"system": 1}, "system is a number"),
+    ({"instruction": "Hi", "output": "Hello", "input": {"a": 1}}, "input is an object")])
+def test_what_has_a_meaning_and_not_this_one_is_refused(tmp_path, row, says):
+    assert says in failure([OTHER, row], tmp_path)
+
+
+def test_a_label_that_says_no_is_not_learnt(tmp_path):
+    loaded = load_messages(tmp_path, CHAT | {"label": 1}, OTHER | {"label": False}, CHAT | {"weight": 0})
+    assert texts(loaded) == [("Hi", "Hello")]
+    assert loaded.report.dropped == {"its label is false: a reply that was not wanted": 1, "its weight is 0": 1}
+
+
+def test_preferences_as_people_have_them(tmp_path):
+    first = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: So?\n\nAssistant:"
+    rows = {"a transcript": {"prompt": first, "chosen": " Hello", "rejected": " No"},
+            "a transcript that comes again": {"prompt": first, "chosen": first + " Hello", "rejected": first + " No"},
+            "OpenAI's": {"input": {"messages": [user("Hi"), assistant("Yes?"), user("So?")], "tools": []},
+                         "preferred_output": [assistant("Hello")], "non_preferred_output": [assistant("No")]},
+            "ShareGPT": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"},
+                                           {"from": "human", "value": "So?"}],
+                         "chosen": {"from": "gpt", "value": "Hello"}, "rejected": {"from": "gpt", "value": "No"}}}
+    for name, row in rows.items():
+        assert pair_texts(load_preferences(tmp_path, row)) == [(("Hi", "Yes?", "So?"), "Hello", "No")], name
+    sides, empty = {"chosen": "Hello", "rejected": "No"}, [system(""), user("Hi")]
+    for row, prompt in [({"system": "Be kind.", "question": "Hi"} | sides, ("Be kind.", "Hi")),
+                        ({"instruction": "Hi", "input": "you"} | sides, ("Hi\n\nyou",)),
+                        ({"prompt": "Say it now", "chosen": "Say it now Hello", "rejected": "Say it now\nNo"},
+                         ("Say it now",)),
+                        ({"prompt": "Hi", "chosen": [*empty, assistant("Hello")],
+                          "rejected": [*empty, assistant("No")]}, ("Hi",))]:    # and no empty header
+        assert pair_texts(load_preferences(tmp_path, row)) == [(prompt, "Hello", "No")]
+    empty = {"prompt": [user("Hi"), assistant(""), user("So?")], "chosen": "Hello", "rejected": "No"}
+    loaded = load_preferences(tmp_path, empty, {"prompt": "Hi", "chosen": "Hello", "rejected": "No"})
+    assert loaded.report.dropped == {"empty message": 1}
+
+
+def test_a_guess_that_fails_is_the_formats_fault(tmp_path):
+    path = write(tmp_path / "replies.jsonl", [{"chosen": "Paris", "rejected": "London"}] * 3)
+    with pytest.raises(ValueError, match=r"keys found: chosen, rejected; keys wanted: prompt too, .*no transcripts"):
+        data.load_pairs([path])
+    with pytest.raises(ValueError, match=r"wanted: prompt and chosen and rejected, or .*conversations\? use sft\.py"):
+        data.load_pairs([write(tmp_path / "chats.jsonl", [CHAT])])
+    with pytest.raises(ValueError, match=r"keys wanted: messages, or conversations, or .*instruction and output"):
+        data.load_rows([write(tmp_path / "text.jsonl", [{"text": "x"}])])
+    with pytest.raises(ValueError, match=r"UltraFeedback\? write ultrafeedback:PATH"):
+        data.load_pairs([write(tmp_path / "ultra.jsonl", [ultrafeedback()])])
+
+
+def test_labels_become_pairs_where_one_prompt_has_both(tmp_path):
+    rows = [{"prompt": "Hi", "completion": reply, "label": label}
+            for reply, label in (("Hello", True), ("No", False), ("Welcome", 1), ("Hello", 0))]
+    rows += [{"prompt": "Bye", "completion": "See you", "label": True}, CHAT | {"label": False},
+             OTHER | {"label": False}, {"messages": [user("So?")], "label": True}]
+    loaded = load_preferences(tmp_path, *rows)
+    found = {(tuple(prompt), chosen, rejected) for prompt, chosen, rejected in pair_texts(loaded)}
+    pairs = {("Hello", "No"), ("Welcome", "No"), ("Welcome", "Hello")}      # Hello was wanted, and unwanted twice
+    assert found == {(("Hi",), *pair) for pair in pairs} | {(("Hi",), "Hello", "Welcome")}
+    assert loaded.report.dropped == {"no reply of the other label to its prompt": 1, "no reply at the end": 1,
+                                     "identical replies": 3, "the same pair was read before": 1}
+    assert loaded.report.notes == {"read as prompt, completion with labels (KTO)": 5,
+                                   "read as messages with labels (KTO)": 3}
+    many = [{"prompt": "Hi", "completion": str(i), "label": i % 2} for i in range(80)]
+    loaded = load_preferences(tmp_path, *many)
+    assert loaded.report.kept == 32 * 32 and loaded.report.dropped == {"beyond 32 replies of a label": 16}
 
 
 def test_preferences_that_say_nothing_are_dropped(tmp_path):
@@ -563,6 +751,27 @@ def test_a_parquet_file_and_a_folder_that_is_no_data_set(hub_folder, tmp_path):
         data.load_rows([str(tmp_path / "empty")])
 
 
+def test_a_spec_names_a_split_and_the_report_which_were_read(hub_folder):
+    def rows(*numbers):
+        return [{"messages": [user(f"Hi {i}"), assistant("Hello")]} for i in numbers]
+    folder = hub_folder(train_sft=rows(1, 2, 3), test_sft=rows(4), train_prefs=rows(1, 2, 3))
+    reading = data.Reading(val_fraction=0)
+    loaded = data.load_rows([str(folder)], reading)
+    assert loaded.report.kept == 4 and loaded.report.dropped == {"the same conversation was read before": 3}
+    assert loaded.report.notes == {"rows of the split train_sft": 3, "rows of the split test_sft": 1,
+                                   "rows of the split train_prefs": 3}
+    for spec in (f"{folder}#train_prefs", f"smoltalk:{folder}#train_prefs", f"{folder}#train_prefs@2"):
+        loaded = data.load_rows([spec], reading)
+        assert loaded.report.kept == 3 and loaded.report.notes == {"rows of the split train_prefs": 3}
+    with pytest.raises(ValueError, match=r"has no split 'dev'; it has (train|test)_\w+, "):
+        data.load_rows([f"{folder}#dev"])
+    assert data.parse_spec("smoltalk#train@0.5") == ("smoltalk", Path("#train"), 0.5)
+    name = write(folder / "a#b.jsonl", rows(5))
+    assert data.load_rows([name], reading).report.kept == 1      # a file may be called so
+    with pytest.raises(ValueError, match="is a file and has no splits"):
+        data.load_rows([name + "#train"])
+
+
 def test_hub_names():
     assert {name: d.hub for name, d in data.DATA_SETS.items() if d.hub} == {
         "oasst1": "OpenAssistant/oasst1", "oasst2": "OpenAssistant/oasst2", "smoltalk": "HuggingFaceTB/smoltalk",
@@ -700,8 +909,27 @@ def test_weights(tmp_path):
         assert loaded.fingerprint == data.load_rows([path + weight], data.Reading(val_fraction=0.1)).fingerprint
         assert loaded.report.kept + sum(loaded.report.dropped.values()) == 900
     assert plain["@2"] == plain[""] + plain[""]
-    assert set(plain["@0.5"]) < set(plain[""]) and 0.4 < len(plain["@0.5"]) / len(plain[""]) < 0.6
-    assert plain["@2.5"] == plain["@2"] + plain["@0.5"]     # whole trees, and the same ones
+    assert plain["@0.5"] < plain[""] and 0.4 < plain["@0.5"].total() / plain[""].total() < 0.6
+    assert plain["@2.5"] == plain["@2"] + plain["@0.5"]     # the same ones
+
+
+def test_a_weight_draws_conversations_and_not_openings(tmp_path):
+    replies = [f"Hello {i}" for i in range(200)]
+    path = write(tmp_path / "hi.jsonl", [{"messages": [user("Hi"), assistant(reply)]} for reply in replies])
+    pairs = write(tmp_path / "p.jsonl", [{"prompt": "Hi", "chosen": reply, "rejected": "No"} for reply in replies])
+    for load, spec in ((data.load_rows, path), (data.load_pairs, pairs)):
+        loaded = load([spec + "@0.5"])
+        kept = loaded.report.kept
+        assert 75 < kept < 125 and loaded.report.dropped == {"left out by its weight": 200 - kept}
+        assert load([spec + "@0.5"], data.Reading(seed=1)).fingerprint != loaded.fingerprint
+
+
+def test_what_is_there_several_times_counts_once(tmp_path):
+    path, copy = write(tmp_path / "a.jsonl", chats(20)), write(tmp_path / "b.jsonl", [CHAT, *chats(20), CHAT])
+    once, twice = data.load_rows([path]), data.load_rows([path, copy])
+    assert [count.kept for count in twice.counts] == [60, 1]
+    assert twice.counts[1].dropped == {"the same conversation was read before": 61}
+    assert len(twice.train + twice.val) == len(once.train + once.val) + 1
 
 
 @pytest.mark.parametrize("spec", ["sample@0", "sample@101", "sample@0.0"])
@@ -904,7 +1132,6 @@ def test_order_is_a_pure_function():
 
 # ---- hostile input -------------------------------------------------------------------------------
 
-CHAT = {"messages": [user("Hi"), assistant("Hello")]}
 
 
 def failure(rows, tmp_path, **options):
@@ -931,7 +1158,7 @@ def failure(rows, tmp_path, **options):
     ({"messages": [{"role": {"a": 1}, "content": "x"}]}, "wanted one of system, user, assistant"),
     (b"[" * 100_000, "nested"), (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested")])
 def test_bad_rows_are_shown_or_skipped(tmp_path, bad, says):
-    text = failure([CHAT, bad, CHAT], tmp_path)
+    text = failure([CHAT, bad, OTHER], tmp_path)
     assert says in text and "bad.jsonl:2: " in text and "--bad-rows skip" in text
     loaded = data.load_rows([str(tmp_path / "bad.jsonl")], data.Reading(bad_rows="skip"))
     assert loaded.report.kept == 2 and sum(loaded.report.dropped.values()) == 1
@@ -947,11 +1174,11 @@ def test_a_bad_row_is_shown_by_its_first_80_characters(tmp_path):
 
 def test_bom_crlf_blank_lines_and_escapes_are_no_trouble(tmp_path):
     odd = {"messages": [user("a\x00b\ud800c\r\nd"), assistant("\ufeff\u202ex")]}
-    plain = json.dumps(CHAT).encode()
-    lines = [b"\xef\xbb\xbf" + plain, b"", b" \t", json.dumps(odd).encode(), plain]
+    plain, other = (json.dumps(chat).encode() for chat in (CHAT, OTHER))
+    lines = [b"\xef\xbb\xbf" + plain, b"", b" \t", json.dumps(odd).encode(), other]
     (tmp_path / "odd.jsonl").write_bytes(b"\r\n".join(lines))
     loaded = data.load_rows([str(tmp_path / "odd.jsonl")], data.Reading(val_fraction=0))
-    assert texts(loaded)[::2] == [("Hi", "Hello")] * 2
+    assert texts(loaded)[::2] == [("Hi", "Hello"), ("Hi", "Welcome")]
     assert texts(loaded)[1][0] == "a\x00b\ufffdc\r\nd"
     assert loaded.report.kept == 3 and not loaded.report.dropped
 
@@ -964,7 +1191,8 @@ def test_empty_files(tmp_path, content):
 
 
 def test_broken_gzip(tmp_path):
-    whole = gzip.compress(b"\n".join([json.dumps(CHAT).encode()] * 5000 + [os.urandom(2000).hex().encode()]))
+    rows = [json.dumps({"messages": [user(f"Hi {i}"), assistant("Hello")]}).encode() for i in range(5000)]
+    whole = gzip.compress(b"\n".join([*rows, os.urandom(2000).hex().encode()]))
     path = tmp_path / "x.jsonl.gz"
     for broken in (whole[:-400], whole[:20], whole[:-8] + b"\0" * 8, b"\x1f\x8b" + b"x" * 50):
         path.write_bytes(broken)
@@ -982,7 +1210,7 @@ def test_huge_lines_and_huge_messages(tmp_path, monkeypatch):
     long = {"messages": [user("Hi"), assistant("ab " * 300_000)]}
     assert len(load_messages(tmp_path, long).train[0]) == 1024
     monkeypatch.setattr(data, "LONGEST_LINE", 1000)
-    assert "1,000 bytes or more" in failure([CHAT, b"x" * 5000, CHAT], tmp_path)
+    assert "1,000 bytes or more" in failure([CHAT, b"x" * 5000, OTHER], tmp_path)
     loaded = data.load_rows([str(tmp_path / "bad.jsonl")], data.Reading(bad_rows="skip"))
     assert loaded.report.kept == 2 and loaded.report.dropped == {"bad row: too long a line": 1}
 

@@ -405,6 +405,17 @@ def test_what_does_not_change_the_result_may_differ(finished):
     assert {"lr", "seed", "steps", "batch_size", "dropout", "micro_batch_tokens", "data", "model"} <= moved
 
 
+def test_the_same_data_and_model_by_another_path_are_the_same_run(finished, tiny_model, tmp_path, monkeypatch):
+    [spec] = finished.data
+    shutil.copy(spec, tmp_path / "moved.jsonl")
+    shutil.copytree(tiny_model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    for moved in ("moved.jsonl", "./moved.jsonl@1.0", str(tmp_path / "moved.jsonl")):
+        assert sft.main(replace(finished, data=(moved,), model="model"))["val_loss"]
+    with pytest.raises(ValueError, match=r"data \(sha256\)"):
+        sft.main(replace(finished, data=("moved.jsonl@2",)))
+
+
 def test_a_model_that_no_run_describes_is_not_overwritten(tiny_model, settings, tmp_path):
     model.GPT.from_pretrained(tiny_model).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no run\.json describes"):
