@@ -31,7 +31,8 @@ from rich.cells import cell_len, set_cell_size
 import data
 from data import exchanges, lazy, run_script
 
-model = lazy("model")  # it imports torch, which takes two seconds: neither --help nor the first prompt waits for that
+# they import torch, which takes two seconds: neither --help nor the first prompt waits for that
+model, lora = lazy("model"), lazy("lora")
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -40,6 +41,7 @@ model = lazy("model")  # it imports torch, which takes two seconds: neither --he
 @dataclass
 class Config:
     model: str = ""  # sample, gpt2, gpt2-medium, ... or a model's folder; by default the newest of runs/dpo, runs/sft
+    adapter: str = ""  # a PEFT folder with LoRA adapters of --model, which it names itself where --model is not given
     compare: tuple[str, ...] = ()  # models that all answer every message, such as runs/sft runs/dpo sample
     prompt: str | None = None  # answer this and leave; a prompt can also come through a pipe
     system: str = ""  # a system message: it opens every conversation
@@ -76,10 +78,12 @@ def check(cfg: Config) -> None:
 def main(cfg: Config) -> None:
     check(cfg)
     cfg = replace(cfg, system=os.fsencode(cfg.system).decode("utf-8", "replace"))
-    names, screen = [*filter(None, [cfg.model]), *cfg.compare] or [newest_model()], Screen()
+    first = cfg.model or (lora.base_of(cfg.adapter) if cfg.adapter else "")
+    names, screen = [*filter(None, [first]), *cfg.compare] or [newest_model()], Screen()
     if cfg.prompt is None and sys.stdin and sys.stdin.isatty() and screen.terminal:
         session = Session(cfg, screen, names)
-        found = names[0] + ", the newest model here" if not (cfg.model or cfg.compare) else ", ".join(names)
+        found = names[0] + ", the newest model here" if not (first or cfg.compare) else ", ".join(names)
+        found += f" (the first with {cfg.adapter})" if cfg.adapter else ""
         screen.say(f"{found}. /help lists the commands, Ctrl-D leaves.", "note")
         return session.run()
     if cfg.prompt is None and sys.stdin and sys.stdin.isatty():
@@ -97,7 +101,7 @@ class Session:
     def __init__(self, cfg: Config, screen: Screen, names: list[str]):
         self.cfg, self.screen = cfg, screen
         self.system = [{"role": "system", "content": cfg.system}] if cfg.system.strip() else []
-        self.chats = [Chat(name, cfg) for name in dict.fromkeys(names)]
+        self.chats = [Chat(name, cfg, adapter=cfg.adapter if name == names[0] else "") for name in dict.fromkeys(names)]
         self.draft = ""  # what already stands in the next prompt
         self.replacing = False  # whether the next message replaces the last exchange
         self.told_of_overflow = False
@@ -204,6 +208,8 @@ class Session:
     def answer_once(self, text: str) -> None:
         """Every model's reply to a single prompt, and nothing else on standard output."""
         for i, chat in enumerate(self.chats):
+            if chat.remark:
+                print(f"({data.visible(chat.remark)})", file=sys.stderr)
             if len(self.chats) > 1:
                 self.screen.write("\n" * (i > 0) + f"[{data.visible(chat.name)}]\n")
             chat.messages = [{"role": "user", "content": text}]
@@ -226,6 +232,8 @@ class Session:
     def run(self) -> None:
         """Read, answer, repeat."""
         read, leaving = prompt_reader(self), False
+        for remark in (chat.remark for chat in self.chats if chat.remark):
+            self.screen.say(f"({remark})", "note")
         while True:
             try:
                 text = read()
@@ -268,14 +276,19 @@ class Chat:
 
     loader = ThreadPoolExecutor(max_workers=1)
 
-    def __init__(self, name: str, cfg: Config, messages: data.Conversation = ()):
+    def __init__(self, name: str, cfg: Config, messages: data.Conversation = (), adapter: str = ""):
         self.name, self.messages = name, list(messages)
         if not (here := Path(name, "config.json").is_file()):
             model.check_model(name)
+        remarks = [data.check_tokenizer(folder) for folder in (name, adapter) if folder]
+        self.remark = ". ".join(filter(None, remarks))
 
         def load():
             device = model.pick_device(cfg.device)
-            gpt = model.GPT.from_pretrained(name).to(device)
+            gpt = model.GPT.from_pretrained(name)
+            if adapter:
+                lora.merge_adapters(gpt, adapter)
+            gpt.to(device)
             self.parameters = sum(weight.numel() for weight in gpt.parameters())
             self.precision = model.pick_precision(cfg.precision, device, small=gpt.config.n_embd < 512)
             gpt = model.for_generation(gpt, self.precision)
@@ -544,7 +557,8 @@ def save(session: Session, argument: str) -> None:
         lines = lines if path.read_bytes().endswith(b"\n") else "\n" + lines
     with path.open("a", encoding="utf-8") as file:
         file.write(lines)
-    flags = shlex.join(["--model", session.chats[0].name, "--data", str(path), "--out", "runs/mine"])
+    adapter = ["--adapter", session.cfg.adapter] if session.cfg.adapter else []
+    flags = shlex.join(["--model", session.chats[0].name, *adapter, "--data", str(path), "--out", "runs/mine"])
     session.screen.say(f"(conversations in {path}: {len(read_conversations(path)):,}; to learn from them: "
                        f"uv run sft.py {flags})", "note")
 
@@ -590,7 +604,8 @@ def compare(session: Session, argument: str) -> None:
     for chat in others:
         chat.loading.result()  # raises what is wrong with a model before it takes part
     session.chats = [first, *others]
-    session.screen.say(f"(answering: {', '.join(chat.name for chat in session.chats)})", "note")
+    remarks = "".join(f"; {chat.remark}" for chat in others if chat.remark)
+    session.screen.say(f"(answering: {', '.join(chat.name for chat in session.chats)}{remarks})", "note")
 
 
 @command

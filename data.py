@@ -1730,16 +1730,22 @@ def dataset_rows(splits: dict, source: str, data_set: DataSet, split: str, notes
 
 # ---- the tokenizer for other tools ---------------------------------------------------------------
 
-# The template of `render` for transformers. There, text and control tokens go through one string, so content that
+# The template of `render` for other tools. There, text and control tokens go through one string, so content that
 # spells the control token is spelt otherwise first; here, `render` inserts the id and encodes content as mere text.
-# `generation` marks what transformers' return_assistant_tokens_mask gives: the mask of `render`.
+# Content may be a list of parts, of which the text is taken, or null.
+MESSAGE = "{{ content | trim | replace('<|endoftext|>', '<|end of text|>') }}<|endoftext|>"
 CHAT_TEMPLATE = (
     "<|endoftext|>{% for message in messages %}{{ message['role'] }}\n"
-    "{% set content = message['content'] | trim | replace('<|endoftext|>', '<|end of text|>') %}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ content }}<|endoftext|>{% endgeneration %}"
-    "{% else %}{{ content }}<|endoftext|>{% endif %}"
+    "{% set content = message['content'] if message['content'] is string "
+    "else (message['content'] or []) | map(attribute='text') | join %}"
+    f"{MESSAGE}"
     "{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
 )
+# `generation` marks what transformers' return_assistant_tokens_mask gives, the mask of `render`: with it, TRL trains on
+# the assistant's tokens alone (chat_template_path and assistant_only_loss). Plain Jinja does not know the word.
+TRAINING_TEMPLATE = CHAT_TEMPLATE.replace(
+    MESSAGE, "{% if message['role'] == 'assistant' %}{% generation %}" + MESSAGE + "{% endgeneration %}{% else %}"
+    + MESSAGE + "{% endif %}")
 
 
 def save_tokenizer(folder: str | Path, positions: int = 1024) -> None:
@@ -1753,6 +1759,47 @@ def save_tokenizer(folder: str | Path, positions: int = 1024) -> None:
                 "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT, "pad_token": EOT_TEXT}
     Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     Path(folder, "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    Path(folder, "chat_template_training.jinja").write_text(TRAINING_TEMPLATE, encoding="utf-8")
+
+
+def check_tokenizer(folder: str | Path) -> str:
+    """Refuse a model's folder whose words are not GPT-2's; what there is to say of a chat template that is not ours."""
+    for name, words_of in (("tokenizer.json", lambda about: about["model"]["vocab"]), ("vocab.json", dict)):
+        file, own = Path(folder, name), TOKENIZER / name
+        if not file.is_file() or file.read_bytes() == own.read_bytes():
+            continue
+        refuse_pointers(file)
+        try:
+            theirs = dict(words_of(json.loads(file.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{file} is no vocabulary of GPT-2's kind ({type(error).__name__}: {error})") from None
+        for word, number in words_of(json.loads(own.read_text(encoding="utf-8"))).items():
+            if theirs.get(word) != number:
+                raise ValueError(f"'{folder}' has other words than GPT-2: in its {name}, {word!r} has the number "
+                                 f"{excerpt(theirs.get(word, 'none'))} and not {number}.\n"
+                                 "Wanted: a model with GPT-2's own tokenizer, for which all texts here are encoded")
+    with suppress(OSError, ValueError, AttributeError):
+        file = Path(folder, "chat_template.jinja")
+        text = (file.read_text(encoding="utf-8") if file.is_file() else
+                json.loads(Path(folder, "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+        if text and text != CHAT_TEMPLATE and not is_our_template(text):
+            return (f"{folder} has a chat template of its own, which is not used: here a turn opens with {EOT_TEXT} "
+                    "and the role, and a model that learnt otherwise may answer worse")
+    return ""
+
+
+def is_our_template(text: Any) -> bool:
+    """Whether it renders a conversation as `render` does, whatever it looks like."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    talk = [{"role": role, "content": f"a {role}"} for role in (*ROLES, "user")]
+    try:
+        plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
+        shown = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(plain).render(
+            messages=talk, bos_token=EOT_TEXT, eos_token=EOT_TEXT, add_generation_prompt=True)
+    except Exception:       # whatever a stranger's program may raise
+        return False
+    return shown == text_of(render(talk, reply=True)[0])
 
 
 # ---- checks: questions with the facts of a good answer -------------------------------------------

@@ -8,6 +8,7 @@ is wrapped, not subclassed: a model never learns that adapters exist. Files are 
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,8 +63,7 @@ def add_adapters(model: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: 
 
     Raises ValueError for a target that matches no nn.Linear, and for a model that has adapters already.
     """
-    if adapters(model):
-        raise ValueError("this model has LoRA adapters already: merge() them before adding others")
+    _refuse_second(model)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     chosen = {target: [n for n in linear if n == target or n.endswith("." + target)] for target in targets}
     for target, names in chosen.items():
@@ -73,6 +73,11 @@ def add_adapters(model: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: 
     model.requires_grad_(False)
     for name in dict.fromkeys(name for names in chosen.values() for name in names):
         _put(model, name, LoRALinear(linear[name], rank, alpha, dropout, rslora))
+
+
+def _refuse_second(model: nn.Module) -> None:
+    if adapters(model):
+        raise ValueError("this model has LoRA adapters already: merge() them before adding others")
 
 
 @contextmanager
@@ -90,11 +95,14 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> None:
-    """Fold every adapter into its layer, which stands alone again."""
+def merge(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Fold every adapter into its layer, which stands alone again; returns what was folded in: {layer: (A, s B)}."""
+    merged = {}
     for name, layer in adapters(model).items():
         layer.base.weight.copy_(layer.merged(layer.base.weight, layer.lora_A, layer.lora_B))
         _put(model, name, layer.base)
+        merged[name] = layer.lora_A.detach(), layer.scale * layer.lora_B.detach()
+    return merged
 
 
 def merged_weights(model: nn.Module, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -124,68 +132,131 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 PEFT_PREFIX = "base_model.model.transformer."
 
 
-def save_adapters(model: nn.Module, folder: str | Path, base_model: str,
-                  weights: dict[str, Tensor] | None = None) -> None:
+def save_adapters(model: nn.Module, folder: str | Path, base_model: str, weights: dict[str, Tensor] | None = None,
+                  merged: dict[str, tuple[Tensor, Tensor]] | None = None) -> None:
     """Write adapter_config.json and adapter_model.safetensors as PeftModel.from_pretrained reads them.
 
     `base_model` is the folder or Hub name that they belong to; `weights` stands in for this model's own state dict.
+    `merged` was folded into the base before (see `merge`): s B A + s' B' A' = [s B, s' B'] [A; A'] is one adapter.
     """
     wrapped, weights = adapters(model), weights or model.state_dict()
     if not wrapped:
         raise ValueError("this model has no LoRA adapters to save")
-    one = next(iter(wrapped.values()))
-    rank = one.lora_A.shape[0]
+    pairs = {name: (weights[f"{name}.lora_A"], weights[f"{name}.lora_B"], layer.scale)
+             for name, layer in wrapped.items()}
+    for name, (lora_A, lora_B) in (merged or {}).items():
+        A, B, scale = pairs.get(name, (lora_A[:0], lora_B[:, :0], 1.0))
+        pairs[name] = torch.cat([A.cpu(), lora_A.cpu()]), torch.cat([scale * B.cpu(), lora_B.cpu()], dim=1), 1.0
+    ranks = {name: len(A) for name, (A, _, _) in sorted(pairs.items())}
+    alphas = {name: pairs[name][2] * rank for name, rank in ranks.items()}
+    rank, alpha = max(ranks.values()), max(alphas.values())
     about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model), "r": rank,
-             "lora_alpha": one.scale * rank, "lora_dropout": one.dropout, "use_rslora": False, "bias": "none",
-             "fan_in_fan_out": True, "inference_mode": True, "target_modules": sorted(wrapped)}
-    tensors = {f"{PEFT_PREFIX}{name}.{part}.weight": weights[f"{name}.{part}"].detach().float().cpu().contiguous()
-               for name in wrapped for part in ("lora_A", "lora_B")}
+             "lora_alpha": alpha, "lora_dropout": next(iter(wrapped.values())).dropout, "use_rslora": False,
+             "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+             "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+             "bias": "none", "fan_in_fan_out": True, "inference_mode": True, "target_modules": list(ranks)}
+    tensors = {f"{PEFT_PREFIX}{name}.{part}.weight": tensor.detach().float().cpu().contiguous()
+               for name, pair in pairs.items() for part, tensor in zip(("lora_A", "lora_B"), pair[:2], strict=True)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
+# The settings of PEFT 0.21's LoraConfig that leave plain LoRA what it is. Some chose the layers, which the names of the
+# tensors tell; some began the training, and left the base alone (PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it).
+# Any other setting, and any that PEFT will have next year, is refused unless it is off.
+APPLIED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"}
+WITHOUT_EFFECT = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
+                  "eva_config", "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping",
+                  "peft_version", "megatron_core", "qalora_group_size"}
+PLAIN = {"peft_type": ("LORA",), "bias": ("none",),
+         "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica")}
+
+
+def merge_adapters(model: nn.Module, folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Fold somebody's PEFT adapters into the model that they were trained on; returns them, as `merge` does."""
+    load_adapters(model, folder)
+    merged = merge(model)
+    model.requires_grad_(True)
+    return merged
+
+
 @torch.no_grad()
 def load_adapters(model: nn.Module, folder: str | Path) -> None:
-    """Wrap the model's layers as a PEFT folder says, and fill in its adapters."""
-    folder = Path(folder)
-    try:
-        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        rank, alpha = int(about["r"]), float(about["lora_alpha"])
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except FileNotFoundError as error:
-        missing = Path(error.filename or "adapter_model.safetensors").name
-        raise FileNotFoundError(f"'{folder}' is not a PEFT adapter: it has no {missing}") from None
-    except KeyError as error:
-        raise ValueError(f"'{folder}' is not a readable PEFT adapter: adapter_config.json has no {error}") from None
-    except (ValueError, TypeError, SafetensorError) as error:
-        raise ValueError(f"'{folder}' is not a readable PEFT adapter: {error}") from None
-    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},
-             "modules_to_save": None, "layers_to_transform": None, "lora_bias": False}
-    for key, wanted in plain.items():
-        if about.get(key) and about[key] != wanted:
-            raise ValueError(f"'{folder}': {key} = {about[key]!r} is not plain LoRA, which is all that is read here")
-    names = {name.removeprefix(PEFT_PREFIX).rsplit(".", 2)[0] for name in tensors}
-    # ".base": a layer that is wrapped already keeps its name, and add_adapters says what is wrong with it
-    linear = {name.removesuffix(".base"): module for name, module in model.named_modules()
-              if isinstance(module, nn.Linear)}
-    if strangers := sorted(names - set(linear)):
-        raise ValueError(f"'{folder}' adapts '{strangers[0]}', which this model does not have")
+    """Wrap the model's layers as a PEFT folder says, and fill in its adapters.
+
+    Raises ValueError, before anything is wrapped, for whatever is not plain LoRA or does not fit this model.
+    """
+    _refuse_second(model)
+    about, tensors = _read_peft(Path(folder))
+    for key, value in about.items():
+        if key not in APPLIED | WITHOUT_EFFECT and value and value not in PLAIN.get(key, ()):
+            raise ValueError(f"'{folder}': {key} = {value!r} is not plain LoRA, which is all that is read here")
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    tensors = {key.removeprefix("base_model.model.").removeprefix("transformer.").removesuffix(".weight"): tensor
+               for key, tensor in tensors.items()}
+    names = sorted({name.partition(".lora_")[0] for name in tensors})
+    trained_on = f".\nIt was trained on {about.get('base_model_name_or_path') or 'a model without a name'}: see --model"
     if not names:
         raise ValueError(f"'{folder}' is not a PEFT adapter: it has no lora_A and lora_B")
-    shapes = {f"{name}.lora_A": (rank, linear[name].in_features) for name in names}
-    shapes |= {f"{name}.lora_B": (linear[name].out_features, rank) for name in names}
-    tensors = {key.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor for key, tensor in tensors.items()}
-    for key in sorted(shapes.keys() | tensors.keys()):  # before anything is wrapped: a refusal leaves the model alone
+    if strangers := [name for name in names if name not in linear]:
+        raise ValueError(f"'{folder}' adapts '{strangers[0]}', which this model does not have{trained_on}")
+    try:
+        rank = {name: int(_setting(about, "r", "rank_pattern", name)) for name in names}
+        alpha = {name: float(_setting(about, "lora_alpha", "alpha_pattern", name)) for name in names}
+        dropout = float(about.get("lora_dropout") or 0.0)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise ValueError(f"'{folder}' is not a readable PEFT adapter: {error}") from None
+    shapes = {f"{name}.lora_A": (rank[name], linear[name].in_features) for name in names}
+    shapes |= {f"{name}.lora_B": (linear[name].out_features, rank[name]) for name in names}
+    for key in sorted(shapes.keys() | tensors.keys()):
         if key not in tensors:
             raise ValueError(f"'{folder}' is not a whole PEFT adapter: it has no {key}")
         if key not in shapes:
             raise ValueError(f"'{folder}' holds '{key}', which is not plain LoRA, which is all that is read here")
         if tensors[key].shape != shapes[key]:
-            raise ValueError(f"'{folder}': {key} has shape {tuple(tensors[key].shape)}, this model needs {shapes[key]}")
-    add_adapters(model, rank, alpha, about.get("lora_dropout", 0.0), bool(about.get("use_rslora")),
-                 tuple(sorted(names)))
-    for name, layer in adapters(model).items():
+            raise ValueError(f"'{folder}': {key} has shape {tuple(tensors[key].shape)}, this model needs {shapes[key]}"
+                             + trained_on)
+        if not tensors[key].isfinite().all():
+            raise ValueError(f"'{folder}': {key} of this adapter has numbers that are not finite: it is of no use")
+    model.requires_grad_(False)
+    for name in names:
+        layer = LoRALinear(linear[name], rank[name], alpha[name], dropout, bool(about.get("use_rslora")))
         layer.lora_A.copy_(tensors[f"{name}.lora_A"])
         layer.lora_B.copy_(tensors[f"{name}.lora_B"])
+        _put(model, name, layer)
+
+
+def _setting(about: dict, key: str, pattern: str, name: str) -> float:
+    """Of a layer: that of the first pattern which its name ends with, as PEFT matches them, or else the usual one."""
+    return next((value for end, value in (about.get(pattern) or {}).items()
+                 if re.match(rf"(.*\.)?({end})$", f"transformer.{name}")), about[key])
+
+
+def _read_peft(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The settings and the tensors of a folder, as PEFT wrote them."""
+    try:
+        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        int(about["r"]), float(about["lora_alpha"])
+        return about, load_file(folder / "adapter_model.safetensors")
+    except FileNotFoundError as error:
+        missing = Path(error.filename or "adapter_model.safetensors").name
+        pickled = (": adapter_model.bin is a pickle, which can run code when it is read; save it again with PEFT"
+                   if (folder / "adapter_model.bin").is_file() else "")
+        raise FileNotFoundError(f"'{folder}' is not a PEFT adapter: it has no {missing}{pickled}") from None
+    except KeyError as error:
+        raise ValueError(f"'{folder}' is not a readable PEFT adapter: adapter_config.json has no {error}") from None
+    except (ValueError, TypeError, SafetensorError) as error:
+        pointers = [file.name for file in folder.iterdir() if file.is_file() and file.stat().st_size < 1024
+                    and file.read_bytes().startswith(b"version https://git-lfs")]
+        why = f"{pointers[0]} is a git-lfs pointer, so fetch the file:  git lfs pull" if pointers else error
+        raise ValueError(f"'{folder}' is not a readable PEFT adapter: {why}") from None
+
+
+def base_of(folder: str | Path) -> str:
+    """The model that a PEFT folder names: as it does, or its path seen from here or from a folder above it."""
+    base = _read_peft(Path(folder))[0].get("base_model_name_or_path") or ""
+    places = (place / base for place in (Path(), *Path(folder).absolute().parents))
+    return str(next((place for place in places if (place / "config.json").is_file()), base)).removeprefix(
+        "openai-community/")

@@ -791,7 +791,7 @@ def read_config(folder: Path) -> GPTConfig:
             if type(value) is not type(getattr(GPTConfig, key)) or not 0 < value < 2**31:
                 raise ValueError(f"{key} is {value!r}")
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a model's configuration: {error}{fetch_again(path)}") from None
+        raise ValueError(f"{path} is not a model's configuration: {_pointer(path) or error}{fetch_again(path)}") from None
     wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": (None, 4 * config.n_embd),
               "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
     for key, allowed in wanted.items():
@@ -814,18 +814,25 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if not file.is_file():
             pickled = next((f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")), None)
             reason = f": {pickled} is a pickle, which can run code when it is read; save it again with transformers' " \
-                     "save_pretrained, which writes safetensors" if pickled else ""
+                     "save_pretrained, which writes safetensors" if pickled else \
+                     ".\nIf it was downloaded, that broke off: the same command again goes on"
             raise FileNotFoundError(f"'{folder}' has no {name}{reason}")
         try:
             weights |= load_file(file)
         except SafetensorError as error:
-            raise ValueError(f"{file} is damaged: {error}{fetch_again(file)}") from None
+            raise ValueError(f"{file} is damaged: {_pointer(file) or error}{fetch_again(file)}") from None
     return weights
 
 
 def fetch_again(file: Path) -> str:
-    """How to get a file once more that is the Hub's: its cache holds links to the files themselves."""
-    return f"\nDelete it, and it is fetched again: {file.resolve()}" if file.is_symlink() else ""
+    """How to get a damaged file once more; the Hub's cache holds links to the files themselves."""
+    return f"\nDelete it, and it is fetched again: {file.resolve()}" if file.is_symlink() else "\nCopy or download it again"
+
+
+def _pointer(file: Path) -> str:
+    """What to say of a file that git-lfs left a few lines of text in the place of."""
+    is_one = file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs")
+    return "it is a git-lfs pointer, not the file itself; in its repository: git lfs pull" if is_one else ""
 
 
 def _from_transformers(weights: dict[str, Tensor], gpt: GPT, source: Path) -> dict[str, Tensor]:

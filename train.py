@@ -55,6 +55,7 @@ lora = lazy("lora")
 class Settings(data.Reading):
     """What every stage can be told; a stage's own Config adds the rest and comes first."""
 
+    adapter: str = ""  # a PEFT folder with LoRA adapters of --model: the run starts from the two, merged
     # JSONL of questions and the facts a good reply contains, scored before and after; auto: the sample's, for its data
     checks: str = "auto"
     # conversations answered before, during and after training; " | " separates the turns of one
@@ -574,13 +575,19 @@ class Run:
         if folder.resolve() == self.folder.resolve():
             raise ValueError(f"--out {cfg.out} would replace --model {spec}, which the run needs to its end.\n"
                              "Give another folder: --out")
+        if cfg.adapter and Path(cfg.adapter).resolve().is_relative_to(self.folder.resolve()):
+            raise ValueError(f"--out {cfg.out} would replace --adapter {cfg.adapter}.\nGive another folder: --out")
+        for part in [folder, Path(cfg.adapter)] if cfg.adapter else [folder]:
+            if remark := data.check_tokenizer(part):
+                self.say(f"note: {remark}.")
         self.say(f"loading {spec} ...")
-        gpt = model.read_model(folder)
+        gpt = self.start_model()
         if (words := gpt.config.vocab_size) <= data.EOT:
             raise ValueError(f"{spec} knows {words:,} words: it has another tokenizer than GPT-2's of {data.EOT + 1:,}")
         if cfg.context > gpt.config.n_positions:
             raise ValueError(f"--context {cfg.context} is more than the {gpt.config.n_positions} positions of {spec}")
-        self.about["model"] = {"name": spec, "parameters": sum(p.numel() for p in gpt.parameters()),
+        self.about["model"] = {"name": spec, "adapter": cfg.adapter,
+                               "parameters": sum(p.numel() for p in gpt.parameters()),
                                "sha256": weights_sha256(gpt.state_dict())}
         if cfg.lora_rank:
             torch.manual_seed(cfg.seed)
@@ -591,6 +598,12 @@ class Run:
                     layer.base.to(self.dtype)
         gpt.dropout, gpt.recompute_activations = cfg.dropout, cfg.recompute
         return gpt.to(self.device)
+
+    def start_model(self) -> model.GPT:
+        """The model as the run finds it, with the adapters that were given merged in."""
+        gpt = model.read_model(self.model_folder)
+        self.merged = lora.merge_adapters(gpt, self.cfg.adapter) if self.cfg.adapter else {}
+        return gpt
 
 
 class Interrupted(SystemExit):
@@ -708,7 +721,8 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
     free = model.memory_free(run.device) + loaded  # the estimate has the weights in it
     dropped, unused = ", ".join(f"{n:,} {why}" for why, n in report["dropped"].items()), ", ".join(report["unused"])
     facts = {
-        "model": f"{about['name']}: {about['parameters']:,} parameters, {learning:,} trained",
+        "model": f"{about['name']}{' with ' + cfg.adapter if cfg.adapter else ''}: {about['parameters']:,} parameters, "
+                 f"{learning:,} trained",
         "data": f"{' '.join(cfg.data)}: {len(rows.train):,} {cfg.row_name} to train on, {len(rows.val):,} to validate"
                 + (f"; dropped: {dropped}" if dropped else "") + (f"; keys not used: {unused}" if unused else ""),
         "steps": f"{cfg.steps:,} of {cfg.batch_size} {cfg.row_name}, "
@@ -917,7 +931,7 @@ def export(gpt: model.GPT, cfg: Settings, run: Run) -> None:
     if not run.is_main:
         return
     if any(layer.base.weight.dtype != torch.float32 for layer in lora.adapters(gpt).values()):  # for training only
-        exact = model.read_model(run.model_folder).state_dict()
+        exact = run.start_model().state_dict()
         if weights_sha256(exact) != run.about["model"]["sha256"]:
             raise ValueError(f"--model {cfg.model} has other weights now than when this run began, which needs them.\n"
                              "Put them back, then run the same command again: all steps are in the checkpoint.")
@@ -929,7 +943,7 @@ def export(gpt: model.GPT, cfg: Settings, run: Run) -> None:
         gpt.save_pretrained(temporary, lora.merged_weights(gpt, weights))
         data.save_tokenizer(temporary, gpt.config.n_positions)
         if cfg.lora_rank:
-            lora.save_adapters(gpt, temporary / "adapter", str(run.model_folder.absolute()), weights)
+            lora.save_adapters(gpt, temporary / "adapter", base_name(cfg.model), weights, run.merged)
             remove(run.folder / "adapter")
         for path in sorted(temporary.iterdir()):
             for file in path.rglob("*") if path.is_dir() else [path]:
@@ -937,6 +951,14 @@ def export(gpt: model.GPT, cfg: Settings, run: Run) -> None:
             os.replace(path, run.folder / path.name)
         remove(temporary)
         sync(run.folder)
+
+
+def base_name(spec: str) -> str:
+    """What an adapter calls its base: its name on the Hub, or its path as seen from here, where PEFT looks for it."""
+    if (size := model.size_of(spec)) and not Path(spec).is_dir():
+        return f"{model.HUB}/{size}"
+    folder, here = model.find_model(spec).absolute(), Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

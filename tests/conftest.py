@@ -49,6 +49,22 @@ def gpt2_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def somebodys_adapter(tiny_model, tmp_path_factory):
+    """An adapter of the tiny model as PEFT leaves it, not fresh, of two ranks."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2LMHeadModel
+
+    theirs = get_peft_model(GPT2LMHeadModel.from_pretrained(tiny_model), LoraConfig(
+        r=4, lora_alpha=6, target_modules=["c_attn", "mlp.c_proj"], rank_pattern={"c_attn": 2}, task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for name, weight in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    theirs.save_pretrained(folder := tmp_path_factory.mktemp("adapter"))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_model(gpt2_folder):
     """The folder of a random GPT-2 with the real vocabulary and context but 32 wide: 1.6 million parameters.
 

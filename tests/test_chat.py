@@ -292,6 +292,42 @@ def test_a_reply_is_its_pieces(folder):
     assert answer(folder, "runs/sft")[1].cut_off == ""
 
 
+def test_it_talks_to_a_model_with_somebodys_adapter(tiny_model, somebodys_adapter, folder, capsys, monkeypatch):
+    """The reply is PEFT's; without --model, the adapter says which one it belongs to."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), somebodys_adapter).eval()
+    ids = data.render([{"role": "user", "content": "Hello"}], reply=True)[0].tolist()
+    wanted = theirs.generate(input_ids=torch.tensor([ids]), max_new_tokens=6, do_sample=False, pad_token_id=data.EOT)
+    said = []
+    for more in ({}, {"model": str(tiny_model)}, {"model": str(tiny_model), "adapter": ""}):
+        cfg = {"adapter": str(somebodys_adapter), "temperature": 0.0, "max_new_tokens": 6, "prompt": "Hello",
+               "precision": "fp32"} | more
+        capsys.readouterr()
+        chat.main(chat.Config(**cfg))
+        said.append(capsys.readouterr().out.strip())
+    assert said[0] == said[1] == data.visible(data.text_of(wanted[0, len(ids):])).strip() != said[2]
+    with pytest.raises(ValueError, match="this model needs"):
+        chat.main(chat.Config(model=str(folder / "random"), adapter=str(somebodys_adapter), prompt="Hello"))
+
+
+def test_a_foreign_vocabulary_is_refused_and_a_foreign_template_is_said(folder, tmp_path, capsys):
+    for name in ("words", "template"):
+        (tmp_path / name).mkdir()
+        for file in (folder / "random").iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "words" / "vocab.json").write_text('{"Bäcker": 0}')
+    with pytest.raises(ValueError, match=r"other words than GPT-2: in its vocab\.json, '!' has the number none"):
+        chat.main(chat.Config(model=str(tmp_path / "words"), prompt="Hello"))
+    foreign = "{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}"
+    (tmp_path / "template" / "chat_template.jinja").write_text(foreign)
+    chat.main(chat.Config(model=str(tmp_path / "template"), prompt="Hello", max_new_tokens=1))
+    said = capsys.readouterr()
+    assert "chat template of its own" in said.err and "template" not in said.out
+
+
 def test_characters_are_never_split_and_controls_come_visible(folder):
     pieces, stats = answer(folder, "hostile")
     text = "".join(pieces)

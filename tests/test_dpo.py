@@ -427,8 +427,10 @@ def after_lora(tiny_model, tmp_path_factory):
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("start, more", [
     ("base", {"lora_rank": 0}), ("base", {"lora_rank": 4, "lora_dropout": 0.3}), ("sft", {"lora_rank": 0}),
-    ("sft", {"lora_rank": 4, "micro_batch_tokens": 1})])
-def test_the_loss_at_step_0_is_ln_2(start, more, tiny_model, after_lora, settings, tmp_path):
+    ("sft", {"lora_rank": 4, "micro_batch_tokens": 1}), ("adapter", {"lora_rank": 0}), ("adapter", {"lora_rank": 4})])
+def test_the_loss_at_step_0_is_ln_2(start, more, tiny_model, after_lora, settings, tmp_path, somebodys_adapter):
+    if start == "adapter":
+        start, more = "base", more | {"adapter": str(somebodys_adapter)}
     cfg = settings(model=str(tiny_model if start == "base" else after_lora), out=str(tmp_path), steps=1, batch_size=3,
                    **more)
     dpo.main(cfg)

@@ -12,13 +12,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora import (
+    APPLIED,
+    PLAIN,
     TARGETS,
+    WITHOUT_EFFECT,
     LoRALinear,
     adapters,
     adapters_disabled,
     add_adapters,
+    base_of,
     load_adapters,
     merge,
+    merge_adapters,
     merged_weights,
     save_adapters,
 )
@@ -316,8 +321,14 @@ def peft_model(base_folder, **settings):
     return theirs.eval()
 
 
+PATTERNS = {"rank_pattern": {"c_attn": 2, r"h\.1\.mlp\.c_fc": 7, r"h\.\d+\.mlp\.c_fc": 3},
+            "alpha_pattern": {"^transformer.h.11.attn.c_attn": 20, "mlp.c_proj": 1}}
 CASES = [{}, {"use_rslora": True}, {"target_modules": ["c_attn"], "r": 1, "lora_alpha": 32},
-         {"target_modules": ["h.1.attn.c_proj", "h.11.mlp.c_fc"], "use_rslora": True}]
+         {"target_modules": ["h.1.attn.c_proj", "h.11.mlp.c_fc"], "use_rslora": True},
+         PATTERNS, PATTERNS | {"use_rslora": True}, {"target_modules": r".*\.h\.[13]\..*c_(fc|proj)"},
+         {"target_modules": "all-linear", "exclude_modules": ["c_fc"]},
+         {"target_modules": ["c_attn"], "layers_to_transform": [1, 11], "layers_pattern": "h"},
+         *({"init_lora_weights": name} for name in (False, "gaussian", "orthogonal"))]
 
 
 @pytest.mark.parametrize("settings", CASES)
@@ -371,6 +382,59 @@ def test_adapters_saved_here_give_the_same_in_peft(base_folder, settings, tmp_pa
         name for name, p in ours.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("settings", [PATTERNS, {"init_lora_weights": "mica"}])
+def test_adapters_on_merged_adapters_are_one_adapter_of_the_base(base_folder, settings, tmp_path):
+    """[s B, s' B'] [A; A'] = s B A + s' B' A', whatever their layers and ranks; and one goes on from the sum."""
+    from peft import PeftModel
+    from transformers import GPT2LMHeadModel
+
+    peft_model(base_folder, target_modules=["c_attn", "c_fc"], **settings).save_pretrained(tmp_path / "theirs")
+    gpt = GPT.from_pretrained(base_folder).eval()
+    merged = merge_adapters(gpt, tmp_path / "theirs")
+    start = gpt(TOKENS)
+    assert not adapters(gpt) and len(merged) == 24
+    add_adapters(gpt, rank=3, alpha=5.0, targets=("c_attn", "mlp.c_proj"))
+    train_adapters(gpt, seed=1)
+    with adapters_disabled(gpt):
+        assert torch.equal(gpt(TOKENS), start)
+    save_adapters(gpt, tmp_path / "sum", base_folder, merged=merged)
+    theirs = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base_folder), tmp_path / "sum").eval()
+    again = GPT.from_pretrained(base_folder).eval()
+    load_adapters(again, tmp_path / "sum")
+    assert len(adapters(again)) == 36
+    for other in (theirs(TOKENS).logits, again(TOKENS)):
+        close(other, gpt(TOKENS), 1e-4)
+        assert (other - start).abs().max() > 0.1
+    save_adapters(again, tmp_path / "copy", base_folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "sum" / name).read_bytes()
+
+
+def test_what_peft_writes_today_is_known(tmp_path):
+    """Each setting of the installed PEFT at its default, and each one's meaning here."""
+    import dataclasses
+
+    from peft import LoraConfig
+
+    LoraConfig(target_modules=["c_attn"]).save_pretrained(tmp_path)
+    about = json.loads((tmp_path / "adapter_config.json").read_text())
+    on = {key for key, value in about.items() if value}
+    assert on <= APPLIED | WITHOUT_EFFECT | set(PLAIN)
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert APPLIED | WITHOUT_EFFECT | set(PLAIN) <= known
+
+
+def test_a_model_is_found_by_what_its_adapter_says(tmp_path, monkeypatch):
+    gpt = adapted_gpt()
+    (tmp_path / "project" / "runs" / "sft").mkdir(parents=True)
+    (tmp_path / "project" / "runs" / "sft" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for base, found in (("runs/sft", str(tmp_path / "project" / "runs" / "sft")), ("openai-community/gpt2", "gpt2"),
+                        ("project/runs/sft", "project/runs/sft"), ("of/somebody", "of/somebody")):
+        save_adapters(gpt, tmp_path / "project" / "runs" / "dpo" / "adapter", base)
+        assert base_of("project/runs/dpo/adapter") == found
+
+
 def test_other_weights_can_be_saved_in_a_models_place(tmp_path):
     gpt, other = adapted_gpt(), adapted_gpt()
     train_adapters(other, seed=1)
@@ -414,8 +478,10 @@ def edit_weights(folder, change) -> None:
 
 
 @pytest.mark.parametrize("settings", [
-    {"peft_type": "LOHA"}, {"bias": "all"}, {"use_dora": True}, {"rank_pattern": {"c_fc": 2}},
-    {"alpha_pattern": {"c_fc": 2}}, {"modules_to_save": ["lm_head"]}, {"lora_bias": True}])
+    {"peft_type": "LOHA"}, {"bias": "all"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"lora_bias": True},
+    *({"init_lora_weights": name} for name in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga")),
+    {"trainable_token_indices": [0]}, {"alora_invocation_tokens": [1]}, {"target_parameters": ["wte.weight"]},
+    {"layer_replication": [[0, 1]]}, {"use_qalora": True}, {"velora_config": {"rank": 1}}, {"of_next_year": 0.5}])
 def test_what_is_not_plain_lora_is_refused(folder, settings):
     edit_config(folder, **settings)
     refused(folder, ValueError, f"{next(iter(settings))} = .* is not plain LoRA")
@@ -430,6 +496,27 @@ def test_missing_and_damaged_adapter_files_are_named(folder, tmp_path):
     for bad in (b"", good[:50], good[:-4], good + b"more"):
         (folder / "adapter_model.safetensors").write_bytes(bad)
         refused(folder, ValueError, "not a readable PEFT adapter")
+
+
+def test_pickles_and_pointers_are_called_by_their_names(folder):
+    weights = folder / "adapter_model.safetensors"
+    weights.rename(folder / "adapter_model.bin")
+    refused(folder, FileNotFoundError, r"no adapter_model\.safetensors: adapter_model\.bin is a pickle")
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    refused(folder, ValueError, r"adapter_model\.safetensors is a git-lfs pointer.*git lfs pull")
+
+
+def test_an_adapter_of_another_model_names_it(folder):
+    edit_config(folder, base_model_name_or_path="somebody/model")
+    edit_weights(folder, lambda t: {k: w.repeat(1, 2) if "lora_A" in k else w for k, w in t.items()})
+    refused(folder, ValueError, r"(?s)shape \(4, 32\), this model needs \(4, 16\).*trained on somebody/model")
+
+
+@pytest.mark.parametrize("settings", [{"rank_pattern": {"(": 2}}, {"rank_pattern": {"c_fc": "x"}}, {"rank_pattern": 3},
+                                      {"alpha_pattern": {"c_fc": None}}, {"lora_dropout": "much"}])
+def test_settings_of_no_meaning_are_refused(folder, settings):
+    edit_config(folder, **settings)
+    refused(folder, ValueError, "not a readable PEFT adapter")
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b"{}",
@@ -451,6 +538,8 @@ PREFIX = "base_model.model.transformer.h.0.attn.c_attn."
     (lambda t: t | {PREFIX + "lora_B.bias": torch.zeros(48)}, r"h\.0\.attn\.c_attn\.lora_B\.bias"),
     (lambda t: t | {PREFIX + "lora_magnitude_vector.weight": torch.zeros(48)}, r"c_attn\.lora_magnitude_vector"),
     (lambda t: {}, r"no .*lora"),
+    (lambda t: t | {PREFIX + "lora_A.weight": torch.full((4, 16), float("nan"))}, r"lora_A .*not finite"),
+    (lambda t: t | {"base_model.model.transformer.wte.lora_embedding_A": torch.zeros(4, 61)}, r"adapts 'wte'"),
 ])
 def test_tensors_that_do_not_fit_the_model_are_refused(folder, change, message):
     edit_weights(folder, change)

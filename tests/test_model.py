@@ -1051,6 +1051,19 @@ def test_missing_folders_and_files_are_named(copy):
         GPT.from_pretrained(copy)
 
 
+def test_what_a_download_and_git_lfs_leave_is_called_by_its_name(copy):
+    weights = copy / "model.safetensors"
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: it is a git-lfs pointer.*git lfs pull"):
+        GPT.from_pretrained(copy)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors\.\nIf it was downloaded, that broke off"):
+        GPT.from_pretrained(copy)
+    (copy / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=r"config\.json .* it is a git-lfs pointer"):
+        GPT.from_pretrained(copy)
+
+
 def test_a_pickle_is_not_read(copy):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin is a pickle"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,7 +198,8 @@ def test_a_finished_run_opens_in_transformers(full):
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
     assert prompt == data.render(question, reply=True)[0].tolist()
     talk = as_messages(*TALKS[2])
-    marked = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
+    marked = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True,
+                                           chat_template=(full / "chat_template_training.jinja").read_text())
     ids, mask = data.render(talk)
     assert (marked["input_ids"], marked["assistant_masks"]) == (ids.tolist(), mask.astype(int).tolist())
     reply = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt):]  # ends at EOT
@@ -219,6 +221,44 @@ def test_an_adapter_on_its_base_is_the_merged_model(adapted, tiny_model):
         assert torch.allclose(alone(TOKENS).logits, merged, atol=1e-4)
         assert (untouched - merged).abs().max() > 0.1
         assert torch.allclose(peft.merge_and_unload()(TOKENS).logits, merged, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_starts_from_a_model_and_somebodys_adapter(settings, tiny_model, somebodys_adapter, tmp_path, precision):
+    """Merged before the first step; what the run leaves as its adapter is the sum of both, and belongs to the base."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    def peft(folder):
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), folder).eval()
+
+    cfg = settings(out=str(tmp_path / "run"), adapter=str(somebodys_adapter), steps=2, lora_rank=3, lr=1e-2,
+                   lora_targets=("c_attn", "c_fc"), precision=precision, val_fraction=0.5)
+    sft.main(cfg)
+    with torch.no_grad():
+        start, merged = peft(somebodys_adapter), logits_of_ours(tmp_path / "run", TOKENS)
+        assert (start(TOKENS).logits - merged).abs().max() > 0.1
+        assert torch.allclose(peft(tmp_path / "run" / "adapter")(TOKENS).logits, merged, atol=1e-4)
+        whole = start.merge_and_unload()
+        whole.save_pretrained(tmp_path / "start")
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["model"]["adapter"] == str(somebodys_adapter)
+    again = sft.main(replace(cfg, model=str(tmp_path / "start"), adapter="", out=str(tmp_path / "again")))
+    before = json.loads((tmp_path / "again" / "run.json").read_text())["before"]["val_loss"]
+    assert about["before"]["val_loss"] == pytest.approx(before, rel=1e-5 if precision == "fp32" else 1e-2)
+    assert again["val_loss"] == pytest.approx(about["metrics"]["val_loss"], rel=1e-4 if precision == "fp32" else 1e-2)
+    with pytest.raises(ValueError, match="would replace --adapter"):
+        sft.main(replace(cfg, out=str(somebodys_adapter.parent)))
+
+
+def test_what_an_adapter_calls_its_base_means_something_elsewhere(tiny_model, tmp_path, monkeypatch):
+    """Its name on the Hub, or its path as seen from where the run was started, which is where PEFT looks for it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, "runs/sft")
+    assert train.base_name("runs/sft") == train.base_name(str(tmp_path / "runs" / "sft")) == "runs/sft"
+    monkeypatch.chdir(data.HERE)
+    assert train.base_name("gpt2-medium") == "openai-community/gpt2-medium"
+    assert train.base_name("sample") == "sample/model"
 
 
 def test_lora_trains_its_adapters_and_nothing_else(adapted, tiny_model):
