@@ -1009,7 +1009,7 @@ def joined_parts(content: Any) -> Any:
         return "" if content is None else content
     for part in content:
         if part.get("type", "text") not in ("text", "input_text", "output_text"):
-            raise Drop(f"content that is no text: {excerpt(part['type'])[:20]}")
+            raise Drop("content that is no text")
         if not isinstance(*want(part, "text"), str):
             raise BadRow("wrong type", f"a part's text is {kind(part['text'])}, wanted a string")
     return "".join(part["text"] for part in content)
@@ -1026,8 +1026,10 @@ def as_text(value: Any, key: str) -> str:
 def is_yes(row: dict, key: str) -> bool:
     """What a label or a weight says; where there is none, yes."""
     value = row.get(key)
-    if value is None or (isinstance(value, bool | int | float) and value in (0, 1)):
-        return value is None or bool(value)
+    if value is None:
+        return True
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
     raise BadRow(f"no such {key}", f"{key} is {excerpt(value)}, wanted 0 or 1, false or true")
 
 

@@ -597,7 +597,7 @@ def test_the_report_says_what_was_read_and_what_was_not_used(tmp_path, capsys):
     ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "tool calls"),
     ({"role": "assistant", "content": "", "function_call": {"name": "f"}}, "tool calls"),
     ({"role": "tool", "tool_call_id": "a"}, "tool calls"), ({"from": "observation", "value": "x"}, "tool calls"),
-    (user([{"type": "image_url", "image_url": "x"}]), "content that is no text: image_url"),
+    (user([{"type": "image_url", "image_url": "x"}]), "content that is no text"),
     (assistant(None), "empty message"), (assistant("Hello") | {"weight": 0}, "no reply has a weight")])
 def test_what_is_no_text_is_dropped_with_its_reason(tmp_path, message, reason):
     loaded = load_messages(tmp_path, CHAT, {"messages": [user("Hm?"), message]})
