@@ -1433,6 +1433,7 @@ def spam(labels: Any) -> float:
 class DataSet:
     conversations: Reader | None = None
     preferences: Reader | None = None
+    licence: str = ""                       # as the Hub has it
     file: Path | None = None                # where it is, if it came with the project
     hub: str | None = None                  # and if not
     files: tuple[str, ...] = ("data/*.parquet",)    # which of the Hub's files
@@ -1443,15 +1444,17 @@ class DataSet:
 OASST_COLUMNS = ("message_id", "parent_id", "text", "role", "lang", "review_result", "deleted", "rank", "labels",
                  "tree_state")
 DATA_SETS = {
-    "sample": DataSet(read_oasst, read_oasst_pairs, file=HERE / "sample" / "conversations.jsonl.gz"),
-    "oasst1": DataSet(read_oasst, read_oasst_pairs, hub="OpenAssistant/oasst1", columns=OASST_COLUMNS),
-    "oasst2": DataSet(read_oasst, read_oasst_pairs, hub="OpenAssistant/oasst2", columns=OASST_COLUMNS),
-    "smoltalk": DataSet(read_messages, None, hub="HuggingFaceTB/smoltalk", files=("data/all/*.parquet",), config="all"),
-    "smol-smoltalk": DataSet(read_messages, None, hub="HuggingFaceTB/smol-smoltalk", columns=("messages",)),
-    "everyday-conversations": DataSet(read_messages, None, hub="HuggingFaceTB/everyday-conversations-llama3.1-2k",
-                                      columns=("messages",)),
-    "hh-rlhf": DataSet(None, read_hh, hub="Anthropic/hh-rlhf", files=("*/train.jsonl.gz", "*/test.jsonl.gz")),
-    "ultrafeedback": DataSet(None, read_ultrafeedback, hub="openbmb/UltraFeedback", files=("*.jsonl",),
+    "sample": DataSet(read_oasst, read_oasst_pairs, "mit", file=HERE / "sample" / "conversations.jsonl.gz"),
+    "oasst1": DataSet(read_oasst, read_oasst_pairs, "apache-2.0", hub="OpenAssistant/oasst1", columns=OASST_COLUMNS),
+    "oasst2": DataSet(read_oasst, read_oasst_pairs, "apache-2.0", hub="OpenAssistant/oasst2", columns=OASST_COLUMNS),
+    "smoltalk": DataSet(read_messages, None, "apache-2.0", hub="HuggingFaceTB/smoltalk",
+                        files=("data/all/*.parquet",), config="all"),
+    "smol-smoltalk": DataSet(read_messages, None, "apache-2.0", hub="HuggingFaceTB/smol-smoltalk",
+                             columns=("messages",)),
+    "everyday-conversations": DataSet(read_messages, None, "apache-2.0",
+                                      hub="HuggingFaceTB/everyday-conversations-llama3.1-2k", columns=("messages",)),
+    "hh-rlhf": DataSet(None, read_hh, "mit", hub="Anthropic/hh-rlhf", files=("*/train.jsonl.gz", "*/test.jsonl.gz")),
+    "ultrafeedback": DataSet(None, read_ultrafeedback, "mit", hub="openbmb/UltraFeedback", files=("*.jsonl",),
                              columns=("instruction", "completions")),
     "jsonl": DataSet(read_conversations, read_preferences),     # what a PATH without a NAME is
 }

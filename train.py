@@ -586,6 +586,8 @@ class Run:
             raise ValueError(f"{spec} knows {words:,} words: it has another tokenizer than GPT-2's of {data.EOT + 1:,}")
         if cfg.context > gpt.config.n_positions:
             raise ValueError(f"--context {cfg.context} is more than the {gpt.config.n_positions} positions of {spec}")
+        stage = {"stage": self.stage, "model": spec, "adapter": cfg.adapter, "data": list(cfg.data)}
+        self.about["lineage"] = [*read_about(folder).get("lineage", []), stage]
         self.about["model"] = {"name": spec, "adapter": cfg.adapter,
                                "parameters": sum(p.numel() for p in gpt.parameters()),
                                "sha256": weights_sha256(gpt.state_dict())}
@@ -760,6 +762,7 @@ def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command:
     with writing(run.folder / "curves.png"):
         plot_curves([run.folder], run.folder / "curves.png")
         write_file(run.folder / "samples.md", _samples(run, before, after))
+        write_file(run.folder / "README.md", card(run, before, after, final))
     measured = [r for r in history(run.folder) if "val_loss" in r]
     best = min(measured, key=lambda r: r["val_loss"], default=None)
     run.note(after=after, metrics=final, best=best, finished=True)
@@ -856,6 +859,68 @@ def _samples(run: Run, before: dict, after: dict) -> str:
                       for group, score in found["checks"].items()]
             parts.append("")
     return "\n".join(parts)
+
+
+CARD = """\
+---
+{metadata}
+---
+
+# {title}
+
+{history}. It answers in turns of plain text, for which the tokenizer has the chat template:
+
+```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", {title!r})
+print(chat([{{"role": "user", "content": {question!r}}}], do_sample=False)[0]["generated_text"][-1]["content"])
+```
+
+{talk}More, and the same before training: [samples.md](samples.md). A model of this size is often wrong, and nothing
+keeps it from saying harmful things.
+
+{figures}
+
+![curves of the training](curves.png)
+
+Trained in {seconds:,.0f} s on {device} with PyTorch {torch}; settings: {settings}. All of them, and the counts of the
+data, are in run.json.
+"""
+
+
+def card(run: Run, before: dict, after: dict, final: dict) -> str:
+    """The folder's README.md, with the metadata that the Hugging Face Hub reads.
+
+    A licence is named where those of the first model and of all data are known to allow it.
+    """
+    about, lineage = run.about, run.about["lineage"]
+    base, names = lineage[0]["model"], {data.parse_spec(spec)[0]: None for stage in lineage for spec in stage["data"]}
+    sets = [data.DATA_SETS[name] for name in names]
+    known = all(found.licence for found in sets) and not any(stage["adapter"] for stage in lineage)
+    licence = {"license": "mit"} if known and base in ("sample", *model.SIZES) else {
+        "license": "other", "license_name": "to-be-chosen", "license_link": "LICENSE"}
+    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation", **licence,
+                "base_model": f"openai-community/{base}" if base in model.SIZES else None,
+                "datasets": [found.hub for found in sets if found.hub], "language": [run.cfg.language] * known,
+                "tags": ["gpt2", "conversational", *(stage["stage"] for stage in lineage)]}
+    history = f"GPT-2 with {about['model']['parameters'] / 1e6:,.0f} million parameters ({base})" + "".join(
+        f"{', with the adapter ' + stage['adapter'] if stage['adapter'] else ''}, then {stage['stage'].upper()} on "
+        + ", ".join(stage["data"]) for stage in lineage)
+    rows = {"validation loss": [found.get("val_loss") for found in (before, final)],
+            "reward accuracy": [found.get("val_reward_accuracy") for found in (before, final)]}
+    for name, score in after.get("checks", {}).get("all", {}).items():
+        rows[f"checks: {name}"] = [before.get("checks", {}).get("all", {}).get(name), score]
+    figures = [_line(["", "before", "after"]), "|---|---|---|"] + [
+        _line([name, *(f"{value:,.4g}" for value in pair)]) for name, pair in rows.items() if None not in pair]
+    settings = flags(run.cfg, besides=("model", "adapter", "data", "out", "overwrite"))
+    return CARD.format(
+        metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
+        title=run.folder.name, history=data.visible(history), figures="\n".join(figures),
+        question=after["replies"][0][0]["content"] if after["replies"] else "Hello!",
+        talk="".join(f"```\n{data.transcript(talk)}```\n\n" for talk in after["replies"][:1]),
+        seconds=about["seconds"], **{key: about["versions"][key] for key in ("device", "torch")},
+        settings=data.visible(settings))
 
 
 def _line(cells) -> str:

@@ -499,6 +499,31 @@ def test_config_can_be_changed_by_flags_and_is_checked(finished, tmp_path):
 # ---- what is shown -------------------------------------------------------------------------------
 
 
+def test_the_card_is_one_that_the_hub_reads(finished):
+    """Metadata, links to what is there, a snippet that is Python; a licence is named where all are known."""
+    from huggingface_hub import ModelCard
+
+    folder = Path(finished.out)
+    found = ModelCard.load(folder / "README.md")
+    assert found.data.to_dict() == {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "license": "other",
+        "license_name": "to-be-chosen", "license_link": "LICENSE", "tags": ["gpt2", "conversational", "sft"]}
+    assert all((folder / name).is_file() for name in re.findall(r"\]\((\S+)\)", found.text))
+    compile(re.search(r"```python\n(.*?)```", found.text, re.DOTALL)[1], "README.md", "exec")
+    about = json.loads((folder / "run.json").read_text())
+    assert f"| validation loss | {about['before']['val_loss']:.4g} | {about['metrics']['val_loss']:.4g} |" in found.text
+    assert "Is [/b] a tag?" in found.text and "--dropout 0.1" in found.text
+
+    lineage = [{"stage": "sft", "model": "gpt2", "adapter": "", "data": ["oasst1", "smoltalk@0.02"]},
+               {"stage": "dpo", "model": "runs/sft", "adapter": "", "data": ["ultrafeedback", "oasst1"]}]
+    run = SimpleNamespace(about=about | {"lineage": lineage}, cfg=finished, folder=folder)
+    real = ModelCard(train.card(run, about["before"], about["after"], about["metrics"])).data
+    assert (real.license, real.base_model, real.language) == ("mit", "openai-community/gpt2", ["en"])
+    assert real.datasets == ["OpenAssistant/oasst1", "HuggingFaceTB/smoltalk", "openbmb/UltraFeedback"]
+    lineage[1]["adapter"] = "somebody/adapter"
+    assert ModelCard(train.card(run, about["before"], about["after"], about["metrics"])).data.license == "other"
+
+
 def test_samples_are_transcripts_of_before_and_after(finished):
     text = (Path(finished.out) / "samples.md").read_text()
     about = json.loads((Path(finished.out) / "run.json").read_text())
