@@ -197,6 +197,18 @@ def logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
 
+@torch.inference_mode()
+def scores(gpt: GPT, ids: list[int], start: int, likeliest: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """How likely each of the M tokens ids[start:] is, given all before it, and what would have been likeliest there.
+
+    log p (M,); the ids of the likeliest tokens at each place (M, likeliest), and their log p. All on the CPU, in fp32.
+    """
+    hidden = gpt.hidden(torch.tensor([ids], device=gpt.device))[0, start - 1:-1]               # (M, C)
+    logits = gpt.logits(hidden)                                                                # (M, V)
+    best = logits.float().log_softmax(-1).topk(likeliest)
+    return logprobs(logits, torch.tensor(ids[start:], device=gpt.device)).cpu(), best.indices.cpu(), best.values.cpu()
+
+
 # ---- training: rows end to end -------------------------------------------------------------------
 
 

@@ -290,6 +290,18 @@ ROWS = [ids_of(9).tolist(), ([5, 6, 7, 8], [9, 10, 11], [12, 13]), ids_of(2, see
         ([3], [4], [60, 59, 58, 57, 56]), ids_of(32, seed=2).tolist()]
 
 
+def test_scores_are_the_logits_log_softmax_and_what_is_likeliest_in_each_place():
+    gpt, ids = random_gpt().float(), ids_of(12).tolist()
+    logp, likeliest, its_logp = model.scores(gpt, ids, start=5, likeliest=3)
+    with torch.no_grad():
+        plain = gpt(torch.tensor([ids]))[0, 4:11].log_softmax(-1)                       # (7, V): before each of ids[5:]
+    assert torch.allclose(logp, plain[torch.arange(7), ids[5:]], atol=1e-5)
+    assert torch.equal(likeliest, plain.argsort(descending=True)[:, :3])
+    assert torch.allclose(its_logp, plain.sort(descending=True).values[:, :3], atol=1e-5)
+    batch, _ = pack([(ids[:5], ids[5:], [1, 2])])
+    assert torch.allclose(logp.sum(), gpt.target_logprobs(batch)[:7].sum(), atol=1e-4)  # what DPO sums up
+
+
 def test_a_packed_batch_worked_by_hand():
     batch, separate = pack([[10, 11, 12], ([1, 2], [3], [4, 5])])
     assert batch.tokens.tolist() == [10, 11, 12, 1, 2, 3, 4, 5]
