@@ -13,6 +13,7 @@ PATH is a file or a folder that `datasets.load_dataset` reads: with NAME in that
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import difflib
@@ -123,10 +124,24 @@ def _encode_part(texts: list[str]) -> list[tuple[str, np.ndarray]]:
 
 def text_of(ids: Iterable[int]) -> str:
     """The text of ids, control token included. Ids that are none of GPT-2's, and split characters, become U+FFFD."""
-    tokens = tokenizer()
-    unknown = "\N{REPLACEMENT CHARACTER}".encode()
-    return b"".join(tokens.decode_single_token_bytes(int(i)) if 0 <= i <= EOT else unknown for i in ids).decode(
-        errors="replace")
+    return b"".join(map(bytes_of, ids)).decode(errors="replace")
+
+
+def bytes_of(token: int) -> bytes:
+    """A token's bytes, which may be part of a character only."""
+    known = 0 <= token <= EOT   # a vocabulary may be padded to a rounder number than GPT-2's
+    return tokenizer().decode_single_token_bytes(int(token)) if known else "\N{REPLACEMENT CHARACTER}".encode()
+
+
+def pieces(ids: Iterable[int]) -> list[tuple[str, int]]:
+    """The text of ids as (piece, its tokens): a token each, or several where they share a character."""
+    decoder, found, text, count = codecs.getincrementaldecoder("utf-8")("replace"), [], "", 0
+    for token in ids:
+        text, count = text + decoder.decode(bytes_of(token)), count + 1
+        if not decoder.getstate()[0]:   # no bytes wait for the rest of their character
+            found.append((text, count))
+            text, count = "", 0
+    return found + [(text + decoder.decode(b"", final=True), count)] * bool(count)
 
 
 # ---- the chat template ---------------------------------------------------------------------------
@@ -336,6 +351,11 @@ class Rows(Sequence):
         """Tokens that are predicted, in all of them."""
         return int(self.store["learnt"][self.which].sum())
 
+    def opened_by(self, role: str) -> int:
+        """How many begin with a message of this role."""
+        starts = np.append(0, self.store["ends"][:-1, -1])[self.which]
+        return int((self.store["ids"][starts + 1] == _header(role)[1]).sum())
+
 
 # ---- batches -------------------------------------------------------------------------------------
 
@@ -446,6 +466,12 @@ def first_tokens(count: int, spans: tuple[tuple[int, int], ...]) -> tuple[tuple[
 
 
 # ---- the rows of a step --------------------------------------------------------------------------
+
+
+def three_passes(rows: int) -> tuple[int, int]:
+    """(batch size, steps) to go three times over so few rows: enough to learn from them, too little to recite them."""
+    batch_size = min(max(2, rows // 12), 32)
+    return batch_size, math.ceil(3 * rows / batch_size)
 
 
 class Order:
@@ -568,7 +594,7 @@ class Data:
         tokens, longest = int(lengths.sum()), int(lengths.max())
         return self.report.as_json() | {
             "train": len(self.train), "val": len(self.val), "tokens": tokens, "supervised_tokens": learnt,
-            "supervised_share": round(learnt / tokens, 4),
+            "supervised_share": round(learnt / tokens, 4), "system_messages": rows.opened_by("system"),
             "length": {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 25, 50, 75, 95)} | {"max": longest},
             "specs": [count.as_json() for count in self.counts], "fingerprint": self.fingerprint}
 

@@ -722,13 +722,14 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
                                  run.world if cfg.fsdp else 1)
     free = model.memory_free(run.device) + loaded  # the estimate has the weights in it
     dropped, unused = ", ".join(f"{n:,} {why}" for why, n in report["dropped"].items()), ", ".join(report["unused"])
+    passes = cfg.steps * cfg.batch_size / len(rows.train)
     facts = {
         "model": f"{about['name']}{' with ' + cfg.adapter if cfg.adapter else ''}: {about['parameters']:,} parameters, "
                  f"{learning:,} trained",
         "data": f"{' '.join(cfg.data)}: {len(rows.train):,} {cfg.row_name} to train on, {len(rows.val):,} to validate"
                 + (f"; dropped: {dropped}" if dropped else "") + (f"; keys not used: {unused}" if unused else ""),
         "steps": f"{cfg.steps:,} of {cfg.batch_size} {cfg.row_name}, "
-                 f"{cfg.steps * cfg.batch_size / len(rows.train):.2g} times the data",
+                 f"{passes:{'.2g' if passes < 10 else ',.0f'}} times the data",
         "device": f"{run.device.type}, {str(run.dtype).removeprefix('torch.')}, {run.world} "
                   f"{'process' if run.world == 1 else 'processes'}",
         "memory": f"about {need / 1e9:.1f} GB at the peak, {free / 1e9:.1f} GB free",
@@ -743,6 +744,10 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
         if free and need > free:
             run.say(f"This will hardly fit. Try --micro-batch-tokens {max(cfg.context, cfg.micro_batch_tokens // 2)}, "
                     "--recompute, --lora-rank 8, or a smaller --model.")
+        if passes > 10:
+            batch_size, steps = data.three_passes(len(rows.train))
+            run.say(f"Each of the {cfg.row_name} comes {passes:,.0f} times. After some ten times a model says them by "
+                    f"heart and forgets\nother things; --batch-size {batch_size} --steps {steps} would be three times.")
     if "before" not in run.about:
         if cfg.prompts or cfg.checks:
             run.say("answering prompts and checks before the first step ...")

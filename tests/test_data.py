@@ -146,6 +146,22 @@ def test_encoding_in_bulk_is_encoding_one_by_one():
     assert np.array_equal(data.render(messages, encoded=encoded)[0], data.render(messages)[0])
 
 
+def test_pieces_are_tokens_but_for_characters_that_several_share():
+    assert data.pieces(data.tokenizer().encode_ordinary("Hi, 漢 you 😀!")) == [
+        ("Hi", 1), (",", 1), (" 漢", 3), (" you", 1), (" \N{GRINNING FACE}", 2), ("!", 1)]
+    assert data.pieces([*data.tokenizer().encode_ordinary("a漢")[:-1], data.EOT, 60000]) == [
+        ("a", 1), ("\N{REPLACEMENT CHARACTER}<|endoftext|>", 3), ("\N{REPLACEMENT CHARACTER}", 1)]
+    assert data.pieces([]) == []
+
+
+@given(st.text(max_size=40))
+def test_pieces_add_up_to_the_text_and_to_its_tokens(text):
+    ids = data.tokenizer().encode_ordinary(text)
+    found = data.pieces(ids)
+    assert "".join(piece for piece, _ in found) == text and sum(tokens for _, tokens in found) == len(ids)
+    assert all(piece and tokens for piece, tokens in found)
+
+
 def test_damaged_ranks_are_noticed(tmp_path, monkeypatch):
     shutil.copytree(data.TOKENIZER, tmp_path / "tokenizer")
     monkeypatch.setattr(data, "TOKENIZER", tmp_path / "tokenizer")
@@ -674,6 +690,14 @@ def test_labels_become_pairs_where_one_prompt_has_both(tmp_path):
     assert loaded.report.kept == 32 * 32 and loaded.report.dropped == {"beyond 32 replies of a label": 16}
 
 
+def test_what_else_a_row_of_preferences_says_changes_nothing(tmp_path):
+    """The chat keeps with each pair whose replies they were and how the vote went."""
+    row = {"prompt": [user("Hi")], "chosen": [assistant("Hello")], "rejected": [assistant("No")]}
+    about = {"models": ["runs/dpo", "runs/sft"], "vote": "left", "blind": True, "other": [assistant("No")]}
+    plain, more = load_preferences(tmp_path, row), load_preferences(tmp_path, row | about)
+    assert plain.fingerprint == more.fingerprint and not more.report.dropped
+
+
 def test_preferences_that_say_nothing_are_dropped(tmp_path):
     loaded = load_preferences(
         tmp_path, {"prompt": "Hi", "chosen": "Hello", "rejected": "No"},
@@ -840,6 +864,26 @@ def test_hub_names():
         "everyday-conversations": "HuggingFaceTB/everyday-conversations-llama3.1-2k",
         "hh-rlhf": "Anthropic/hh-rlhf", "ultrafeedback": "openbmb/UltraFeedback"}
     assert data.DATA_SETS["smoltalk"].config == "all"
+
+
+# ---- few rows, and what they have ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "batch_size", "steps"), [(1, 2, 2), (10, 2, 15), (24, 2, 36), (100, 8, 38),
+                                                           (1000, 32, 94)])
+def test_three_passes(rows, batch_size, steps):
+    assert data.three_passes(rows) == (batch_size, steps)
+    assert 3 <= batch_size * steps / rows < 3.1 or rows < 10
+
+
+def test_the_report_counts_system_messages(tmp_path):
+    chat = [user("Hi"), assistant("Hello")]
+    loaded = load_messages(tmp_path, {"messages": chat}, {"messages": [system("Be kind."), *chat]},
+                           {"messages": [user("system"), assistant("system")]})
+    assert loaded.report_json()["system_messages"] == 1
+    pairs = load_preferences(tmp_path, {"prompt": [system("S"), user("Hi")], "chosen": "a", "rejected": "b"},
+                             {"prompt": "Hi", "chosen": "a", "rejected": "b"})
+    assert pairs.report_json()["system_messages"] == 1
 
 
 # ---- shortening ----------------------------------------------------------------------------------

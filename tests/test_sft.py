@@ -276,3 +276,26 @@ def test_a_run_goes_on_from_a_folder_of_ours_as_from_transformers(full, settings
     """--model takes what sft.py leaves: the loss begins where it ended."""
     sft.main(settings(model=str(full), out=str(tmp_path / "more"), steps=1, batch_size=4, lr=1e-5))
     assert losses(tmp_path / "more")[0] == pytest.approx(losses(full)[-1], abs=0.02)
+
+
+# ---- before the first step -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "steps", "said", "advice"), [
+    (4, 10, "10 times the data", None), (4, 11, "11 times the data", "--batch-size 2 --steps 6"),
+    (32, 300, "2,400 times the data", "--batch-size 2 --steps 6"), (4, 1, "1 times the data", None)])
+def test_a_run_that_goes_often_over_few_rows_says_what_comes_of_it(settings, tmp_path, monkeypatch, capsys, rows, steps,
+                                                                  said, advice):
+    class Enough(Exception):
+        pass
+
+    def stop(*_):
+        raise Enough
+
+    monkeypatch.setattr(sft, "train", stop)
+    with pytest.raises(Enough):
+        sft.main(settings(out=str(tmp_path / "run"), batch_size=rows, steps=steps, prompts=()))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert said in shown
+    assert ("says them by heart and forgets other things" in shown) == bool(advice)
+    assert advice is None or f"{advice} would be three times" in shown
