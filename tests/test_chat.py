@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import stat
 import subprocess
@@ -76,7 +77,15 @@ def folder(tmp_path_factory):
     recite(folder / "hostile", HOSTILE, end_every=97)
     torch.manual_seed(0)
     model.GPT(model.GPTConfig(n_embd=16, n_layer=2, n_head=2)).save_pretrained(folder / "random")
-    os.utime(folder / "runs/sft/model.safetensors", (1, 1))
+    for name, origin, about in (("sft", "sample", {"data": ["sample"]}), ("dpo", "runs/sft", {"data": ["mine.jsonl"],
+                                                                                           "beta": 0.5})):
+        (folder / "runs" / name / "run.json").write_text(json.dumps({
+            "stage": name, "model": {"name": origin}, "config": about, "data": {"system_messages": 0}}))
+    for file in ("run.json", "model.safetensors"):
+        os.utime(folder / "runs/sft" / file, (1, 1))
+    (folder / "runs/begun").mkdir()
+    (folder / "runs/begun/run.json").write_text(json.dumps({
+        "stage": "sft", "model": {"name": "gpt2"}, "config": {"data": ["a"]}, "data": {}}))
     (folder / "damaged").mkdir()
     (folder / "damaged/config.json").write_bytes((folder / "random/config.json").read_bytes())
     (folder / "damaged/model.safetensors").write_bytes(b"not a model")
@@ -145,6 +154,9 @@ class Terminal:
 @pytest.fixture(scope="session")
 def programs(folder):
     """The programs that tests talk to, started side by side."""
+    talk = [{"role": "user", "content": "Unsaved \x1b[2J?"}, {"role": "assistant", "content": "Offered back."}]
+    (folder / "left/gpt2-chat").mkdir(parents=True)
+    (folder / "left/gpt2-chat/unsaved-3.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
     started = {
         "main": Terminal(folder, "--temperature", "0"),
         "plain": Terminal(folder, "--model", "hostile", "--max-new-tokens", "90", columns=40, NO_COLOR="1"),
@@ -152,6 +164,8 @@ def programs(folder):
                           PYTHONCOERCECLOCALE="0"),
         "dumb": Terminal(folder, "--compare", "runs/sft", "runs/dpo", prompt=DUMB_PROMPT, TERM="dumb"),
         "damaged": Terminal(folder, "--model", "damaged"),
+        "blind": Terminal(folder, "--blind", "runs/sft", "runs/dpo", "--preferences", "blind.jsonl", columns=60,
+                          XDG_STATE_HOME=str(folder / "left")),
     }
     yield started
     for terminal in started.values():
@@ -163,13 +177,22 @@ def greeting(programs):
     return programs["main"].see(PROMPT)
 
 
+@pytest.fixture(scope="session")
+def plain(programs):
+    """The program without colour, when it has greeted."""
+    programs["plain"].greeting = programs["plain"].see(PROMPT)
+    return programs["plain"]
+
+
 @pytest.fixture
 def terminal(programs, greeting):
     """The main program, as if it had just been started."""
     terminal = programs["main"]
     terminal.resize(80)
-    settings = ("temperature 0", "min_p 0.05", "max_new_tokens 256", "seed none")
-    back = {"/compare": ["/compare"], "/system": ["/system -"], "/set": [f"/set {setting}" for setting in settings]}
+    settings = ("temperature 0", "min_p 0.05", "max_new_tokens 256", "seed none", "verbose off")
+    back = {"/model": ["/model runs/dpo"], "/compare": ["/compare"], "/system": ["/system -"],
+            "/set": [f"/set {setting}" for setting in settings]}
+    (terminal.folder / "preferences.jsonl").unlink(missing_ok=True)
     for line in ["/new", *(line for command in terminal.said & set(back) for line in back[command])]:
         terminal.say(line)
     terminal.said.clear()
@@ -188,6 +211,8 @@ def piped(folder):
         return process
 
     (folder / "empty").mkdir()
+    (folder / "asked.txt").write_bytes("\ufeffOne?\n\n  Two \x1b[31m?\r\nThree\x07?\nFour?\n".encode())
+    (folder / "asked.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in (turns(2), turns(1))))
     processes = {
         "prompt": start("--prompt", "Hello", "--model", "runs/sft"),  # its standard input stays open: it must not wait
         "pipe": start("--model", "hostile", given="\ufeffhällo\nzwei\n".encode(), LC_ALL="POSIX", PYTHONUTF8="0",
@@ -197,6 +222,16 @@ def piped(folder):
         "no model": start("--prompt", "Hello", cwd=folder / "empty"),
         "wrong model": start("--prompt", "Hello", "--model", "runs/sfd"),
         "setting": start("--prompt", "Hello", "--top-p", "2"),
+        "words": start("What", "is", "this?", "--model", "runs/sft", "--verbose", given=b"\xef\xbb\xbfA note.\n"),
+        "blind": start("--blind", "runs/sft", "runs/dpo", "--prompts", "asked.txt", "--preferences", "piped.jsonl",
+                       "--max-new-tokens", "50", given=b"left\nr\nNEITHER\n"),
+        "no vote": start("--blind", "runs/sft", "runs/dpo", "--prompts", "asked.jsonl", "--preferences", "no.jsonl",
+                         "--max-new-tokens", "50", given=b"left\nboth\nright\n"),
+        "blind alone": start("--blind", "runs/sft", "runs/dpo", given=b"Hello"),
+        "blind to one": start("--blind", "runs/sft", "runs/sft"),
+        "no folder": start("--prompt", "Hello", "--preferences", "no/such/pairs.jsonl"),
+        "no questions": start("--blind", "runs/sft", "runs/dpo", "--prompts", "nothing.txt"),
+        "a model as a word": start("runs/sft"),
     }
     results = {}
     for name, process in processes.items():
@@ -245,8 +280,8 @@ def test_columns():
 
 
 def turns(count, words=10):
-    return [m for i in range(count) for m in ({"role": "user", "content": f"q{i} " + "word " * words},
-                                              {"role": "assistant", "content": f"a{i} " + "word " * words})]
+    return [m for i in range(count) for m in ({"role": "user", "content": f"q{i}" + " word" * words},
+                                              {"role": "assistant", "content": f"a{i}" + " word" * words})]
 
 
 def test_whole_oldest_exchanges_go_and_the_system_message_stays():
@@ -401,6 +436,135 @@ def test_a_terminal_is_told_nothing_but_text(monkeypatch):
     monkeypatch.setattr(sys, "stdout", out := io.StringIO())
     chat.Screen().say("a\x1b[2J\u202eb\x9bc")
     assert out.getvalue() == "a␛[2J<U+202E>b<U+009B>c\n"
+
+
+@pytest.mark.parametrize(("votes", "wanted"), [
+    ((3, 0, 0), (1.0, 0.4385, 1.0)), ((0, 10, 0), (0.0, 0.0, 0.2775)), ((5, 5, 0), (0.5, 0.2366, 0.7634)),
+    ((4, 4, 2), (0.5, 0.2366, 0.7634)), ((81, 182, 0), (0.3080, 0.2553, 0.3662))])
+def test_the_win_rate_and_wilsons_interval(votes, wanted):
+    """By hand, and as Newcombe 1998 (Statistics in Medicine 17, table I) prints them for 81 of 263."""
+    assert chat.win_rate(*votes) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_what_a_model_makes_of_a_reply_adds_up_to_its_log_probability(folder):
+    import torch
+
+    import model
+
+    gpt = model.GPT.from_pretrained(folder / "random")
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "A 漢 \x1b[2J smile 😀"}]
+    words = chat.judged(gpt, messages, 1024)
+    assert "".join(word.text for word in words) == messages[1]["content"] + data.EOT_TEXT
+    ids, mask = data.render(messages)
+    with torch.no_grad():
+        plain = gpt(torch.tensor([ids.tolist()]))[0].log_softmax(-1)
+    learnt = [t for t in range(len(ids)) if mask[t]]
+    assert sum(word.logp for word in words) == pytest.approx(sum(float(plain[t - 1, ids[t]]) for t in learnt), abs=1e-3)
+    (first, second, third), place = words[0].nearly, plain[learnt[0] - 1]
+    best = [i for i in place.argsort(descending=True).tolist() if i != ids[learnt[0]]][:3]
+    assert [text for text, _ in (first, second, third)] == [data.text_of([i]) for i in best]
+    assert first[1] == pytest.approx(float(place[best[0]]), abs=1e-4)
+
+
+def test_a_long_conversation_is_judged_without_its_oldest_exchanges(folder):
+    import model
+
+    gpt = model.GPT.from_pretrained(folder / "runs/sft")
+    long = chat.judged(gpt, turns(60), 1024)
+    assert "".join(word.text for word in long) == turns(60)[-1]["content"] + data.EOT_TEXT
+    with pytest.raises(ValueError, match=r"take 2,\d\d\d tokens.* reads 1,024"):
+        chat.judged(gpt, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "word " * 2000}], 1024)
+
+
+def test_questions_are_lines_or_conversations_that_end_with_one(tmp_path):
+    def ask(name, content):
+        (tmp_path / name).write_bytes(content)
+        return chat.questions(tmp_path / name)
+
+    assert ask("q.txt", "\ufeffOne?\r\n\n [two] \n".encode()) == [[{"role": "user", "content": "One?"}],
+                                                                [{"role": "user", "content": "[two]"}]]
+    talk = json.dumps({"messages": turns(2)}).encode()
+    for name, content in (("q.jsonl", talk + b"\n" + talk), ("q", b"\n" + talk), ("q.jsonl.gz", gzip.compress(talk))):
+        assert all(asked == turns(2)[:3] for asked in ask(name, content))
+    for content in (b"", b"\n \n"):
+        with pytest.raises(ValueError, match=r"empty\.txt' asks nothing"):
+            ask("empty.txt", content)
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1 is no conversation"):
+        ask("bad.jsonl", b'{"question": "One?"}')
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"[]", b"{", b"\xff", b"[" * 5000, b'{"stage": "dpo"}', b'{"stage": 1, "model": [], "config": {}, "data": 0}',
+    b'{"stage": 1, "model": {"name": "a"}, "config": {"data": ["sample"], "beta": "much"}, "data": {}}'])
+def test_a_run_json_of_another_kind_tells_nothing(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    assert chat.ancestry(str(tmp_path)) == ([], str(tmp_path))
+
+
+def test_a_model_is_of_the_sample_if_one_of_its_runs_was(tmp_path):
+    def run(name, origin, data_, systems=0):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({
+            "stage": "sft", "model": {"name": str(origin)}, "config": {"data": data_}, "data": {
+                "system_messages": systems}}))
+        return str(tmp_path / name)
+
+    first = run("first", "sample", ["mine.jsonl"])
+    second = run("second", first, ["mine.jsonl"], systems=3)
+    large, foreign = run("large", "gpt2", ["oasst1", "sample@0.5"]), run("foreign", tmp_path / "x", ["sample.jsonl"])
+    loop = run("loop", tmp_path / "loop", ["a"])
+    assert [chat.of_the_sample(name) for name in (first, second, large, foreign, loop, "sample", "gpt2")] == [
+        True, True, True, False, False, True, False]
+    assert [chat.never_had_system(name) for name in (first, second, large, foreign, loop, "sample")] == [
+        True, False, True, False, False, True]
+
+
+def test_lines_are_added_whole_or_not_at_all(tmp_path, monkeypatch):
+    """On a full disk a file is as it was; two programs that add to it lose nothing of each other's."""
+    path, row = tmp_path / "chats.jsonl", json.dumps({"messages": turns(1)}) + "\n"
+    path.write_text("\ufeff\n \n")  # which holds nothing yet
+    count = [chat.add_lines(path, row, lambda: len(chat.read_conversations(path))) for _ in range(3)]
+    assert count == [1, 2, 3]
+    before = path.read_bytes()
+
+    class Full(io.FileIO):
+        def write(self, content):
+            return super().write(content[:10])
+
+    usual = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", *rest, **more: (
+        Full(self, mode) if mode == "ab" else usual(self, mode, *rest, **more)))
+    with pytest.raises(OSError, match="No space left"):
+        chat.add_lines(path, row, lambda: len(chat.read_conversations(path)))
+    assert path.read_bytes() == before
+
+
+def test_what_was_not_saved_is_kept_for_the_next_chat_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    lines, other = (json.dumps({"messages": turns(n)}) + "\n" for n in (1, 2))
+    first, second = chat.Unsaved(), chat.Unsaved()  # at the same time
+    first.keep(lines)
+    second.keep(other)
+    kept = sorted((tmp_path / "gpt2-chat").glob("unsaved-*.jsonl"))
+    assert len(kept) == 2 and all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in kept)
+    assert not chat.Unsaved().offered  # both are running
+    del first, second  # as when a process ends
+    offered = [chat.Unsaved(), chat.Unsaved()]
+    assert sorted(talk.offered for talk in offered) == [[turns(1)], [turns(2)]]
+    offered[0].keep("")
+    assert len([*(tmp_path / "gpt2-chat").glob("unsaved-*.jsonl")]) == 2  # it stays until there is something newer
+    offered[0].keep(other)
+    offered[0].saved = other
+    offered[0].keep(other)
+    assert len([*(tmp_path / "gpt2-chat").glob("unsaved-*.jsonl")]) == 1
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
+    chat.Unsaved().keep(lines)  # nothing can be written, and nothing goes wrong
+
+
+def test_a_home_is_not_needed(monkeypatch):
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert chat.state_folder() is None and chat.history_file() is None
 
 
 # ---- in a terminal -------------------------------------------------------------------------------
@@ -710,6 +874,28 @@ def test_seeds_make_replies_repeatable(terminal):
     assert first == three() and first[0] != first[1]
 
 
+def test_the_same_seed_and_messages_give_the_same_reply_however_one_came_there(terminal):
+    def last():
+        return terminal.messages()[-1]["content"]
+
+    for line in ("/model random", "/set temperature 1", "/set min_p 0", "/set max_new_tokens 12", "/set seed 7",
+                 "Hello", "More"):
+        terminal.say(line)
+    (terminal.folder / "seeded.jsonl").write_text(json.dumps({"messages": terminal.messages()}))
+    said = last()
+    terminal.say("/retry")
+    again = last()
+    assert again != said
+    terminal.say("/undo")
+    terminal.say("More")
+    assert last() == said
+    terminal.say("/retry")
+    assert last() == again
+    for line in ("/new", "/load seeded.jsonl", "/undo", "More"):
+        terminal.say(line)
+    assert last() == said
+
+
 def test_save_and_load(terminal):
     file = terminal.folder / "my chats.jsonl"
     terminal.say("/system Be brief.")
@@ -756,6 +942,9 @@ def test_save_names_a_command_that_goes_on_from_this_model(terminal):
     terminal.say("Hello")
     shown = " ".join(terminal.say("/save my chats.jsonl").split())
     assert re.search(r"uv run sft\.py --model runs/\w+ --data 'my chats\.jsonl' --out runs/mine", shown)
+    cfg = command_shown(shown, "sft")
+    rows = len((terminal.folder / "my chats.jsonl").read_text().splitlines())
+    assert cfg.lora_rank > 0 and cfg.data == ("my chats.jsonl",) and 0 <= cfg.steps * cfg.batch_size - 3 * rows < 4
 
 
 def test_load_of_an_empty_list(terminal):
@@ -821,6 +1010,362 @@ def test_compare_refuses_what_is_no_model(terminal):
     assert "damaged" in terminal.say("/compare damaged")
     assert len(terminal.messages()) == 2
     assert "[runs/sft]" not in terminal.say("Again")
+
+
+# ---- votes and corrections -----------------------------------------------------------------------
+
+
+def preferences(terminal, name="preferences.jsonl"):
+    return [json.loads(line) for line in (terminal.folder / name).read_text().splitlines()]
+
+
+def command_shown(shown, stage):
+    """The command that is suggested, as its script understands it."""
+    import dpo
+    import sft
+
+    script = {"dpo": dpo, "sft": sft}[stage]
+    words = re.search(rf"uv run {stage}\.py (.*?)\)", " ".join(shown.split()))[1]
+    return data.command_line(script.Config, script.PRESETS, shlex.split(words))
+
+
+def test_prefer_after_compare(terminal):
+    import dpo
+
+    terminal.say("/compare runs/sft")
+    terminal.say("Hello")
+    shown = " ".join(terminal.say("/prefer right").split())
+    assert "(preferred: right; left is runs/dpo, right is runs/sft)" in shown
+    assert "runs/sft against runs/dpo: 1 won, 0 lost, 0 tied; win rate 100%, 95% interval 21% to 100%" in shown
+    row, = preferences(terminal)
+    assert row["prompt"] == [{"role": "user", "content": "Hello"}]
+    assert "seventeen." in row["chosen"][0]["content"] and "seventeen!" in row["rejected"][0]["content"]
+    assert (row["models"], row["vote"], row["blind"]) == (["runs/sft", "runs/dpo"], "right", False)
+    cfg = command_shown(shown, "dpo")
+    assert (cfg.model, cfg.data, cfg.steps * cfg.batch_size) == ("runs/dpo", ("preferences.jsonl",), 4)
+    assert cfg.lora_rank > 0 and cfg.lr < dpo.PRESETS["sample"]["lr"] and cfg.val_fraction > 0
+    assert not (terminal.folder / cfg.out).exists()
+
+    terminal.say("More")  # all go on from the reply that was preferred
+    terminal.say("/prefer l")
+    assert preferences(terminal)[1]["prompt"] == [*row["prompt"], *row["chosen"], {"role": "user", "content": "More"}]
+    assert [m["content"] for m in terminal.messages()[1::2]] == [
+        row["chosen"][0]["content"], preferences(terminal)[1]["chosen"][0]["content"]]
+    loaded = data.load_pairs([str(terminal.folder / "preferences.jsonl")], data.Reading(val_fraction=0))
+    assert len(loaded.train) == 2
+
+
+def test_prefer_alone_shows_both_and_asks(terminal):
+    terminal.say("/compare runs/sft")
+    terminal.say("Hello")
+    shown = terminal.say("/prefer")
+    assert re.search(r"\[runs/dpo\] {27} \| \[runs/sft\]\n", shown) and "left, right or neither?" in shown
+    assert "(preferred: neither; left is runs/dpo, right is runs/sft)" in terminal.say("nei")  # behind "/prefer "
+    row, = preferences(terminal)
+    assert row["chosen"] == row["rejected"] and row["other"] != row["chosen"] and row["vote"] == "neither"
+    with pytest.raises(ValueError, match=r"no preferences are left of .*: identical replies 1"):
+        data.load_pairs([str(terminal.folder / "preferences.jsonl")])
+
+
+def test_prefer_after_retry_shows_both_again(terminal):
+    terminal.say("Hello")
+    before = terminal.messages()[1]
+    terminal.say("/set max_new_tokens 4")
+    terminal.say("/retry")
+    now = terminal.messages()[1]
+    shown = terminal.say("/prefer left")
+    assert re.search(r"\[left: before\] +\| \[right: now\]\n", shown) and "(preferred: left)" in shown
+    row, = preferences(terminal)
+    assert (row["chosen"], row["rejected"], row["models"]) == ([before], [now], ["runs/dpo"] * 2)
+    assert terminal.messages()[1] == before  # the conversation goes on from it
+    assert "against" not in shown
+
+
+def test_prefer_needs_two_replies_to_one_conversation(terminal):
+    nothing = "There are no two replies to choose from"
+    assert nothing in terminal.say("/prefer left")
+    terminal.say("Hello")
+    assert nothing in terminal.say("/prefer left")
+    terminal.say("/retry")
+    assert "'both' is no vote; it is left, right or neither." in terminal.say("/prefer both")
+    terminal.say("/undo")
+    assert nothing in terminal.say("/prefer left")
+    terminal.say("/compare runs/sft random")
+    terminal.say("/set max_new_tokens 20")
+    terminal.say("Hello")
+    assert nothing in terminal.say("/prefer left")  # of three
+    terminal.say("/compare runs/sft")
+    terminal.say("/new")
+    terminal.say("One")
+    terminal.say("Two")
+    assert "went different ways" in " ".join(terminal.say("/prefer left").split())
+    terminal.say("/system Be brief.")
+    assert nothing in terminal.say("/prefer left")
+    assert not (terminal.folder / "preferences.jsonl").exists()
+
+
+def test_prefer_spoils_no_other_file(terminal):
+    path = terminal.folder / "preferences.jsonl"
+    for content in ("precious", json.dumps({"messages": turns(1)})):
+        path.write_text(content)
+        terminal.say("Hello")
+        terminal.say("/retry")
+        assert "preferences.jsonl:1: " in terminal.say("/prefer left")
+        assert path.read_text() == content
+    path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))  # somebody else's, without an end
+    assert "pairs in preferences.jsonl: 1;" in terminal.say("/prefer left")  # the retry said the same again
+    assert len(preferences(terminal)) == 2
+
+
+def test_correct(terminal):
+    assert "There is no reply yet." in terminal.say("/correct")
+    terminal.say("Hello")
+    wrong = terminal.messages()[1]
+    terminal.say("/correct")
+    terminal.see("seventeen!")
+    shown = terminal.say("\x15It is right.")  # Ctrl-U empties the line
+    assert terminal.messages()[1]["content"] == "It is right."
+    row, = preferences(terminal)
+    assert row["chosen"] == [terminal.messages()[1]] and row["rejected"] == [wrong]
+    assert row["models"] == ["you", "runs/dpo"] and row["vote"] == "correction" and "against" not in shown
+    assert command_shown(shown, "dpo").data == ("preferences.jsonl",)
+
+
+def test_a_correction_given_up_leaves_all_as_it_was(terminal):
+    terminal.say("Hello")
+    before = terminal.messages()
+    for keys in ("", "\x03"):
+        terminal.say("/correct")
+        terminal.see("seventeen!")
+        terminal.press(keys)
+        terminal.say("" if not keys else "/stats")  # sent as it is; or emptied, and something else
+    assert terminal.messages() == before and not (terminal.folder / "preferences.jsonl").exists()
+
+
+def test_a_blind_vote(programs):
+    """Until the vote nothing names a model; what an earlier chat had not saved is offered at the start."""
+    blind = programs["blind"]
+    shown = " ".join(blind.see(PROMPT).split())
+    assert "The two answer unnamed" in shown and "exchanges that were not saved: 1; /load" in shown
+    assert "Offered back." in blind.say("/load") and "\x1b[2J?" not in blind.raw
+    blind.say("/new")
+    blind.say("/set temperature 0")
+    shown = blind.say("Hello") + blind.say("\x15/stats") + blind.say("/prefer") + blind.say("\x15/why")
+    assert re.search(r"\[left\] +\| \[right\]", shown) and "Vote first" in shown and "runs/" not in shown
+    shown = " ".join(blind.say("/prefer right").split())
+    row, = preferences(blind, "blind.jsonl")
+    mark = {"runs/sft": "seventeen.", "runs/dpo": "seventeen!"}
+    assert row["blind"] is True and mark[row["models"][0]] in row["chosen"][0]["content"]
+    assert f"left is {row['models'][1]}, right is {row['models'][0]}" in shown
+    assert re.search(r"runs/dpo against runs/sft: [01] won, [01] lost, 0 tied", shown)
+    assert command_shown(shown, "dpo").model == "runs/dpo"
+    sides = []
+    for _ in range(12):
+        blind.say("/new")
+        blind.say("Hello")
+        blind.say("l")
+        sides.append(tuple(preferences(blind, "blind.jsonl")[-1]["models"]))
+    assert len(set(sides)) == 2  # dealt out anew each time: 1 in 2,000 that they are all alike
+    assert "(answering: runs/sft)" in blind.say("/model runs/sft")
+    assert "[left]" not in blind.say("Hello")
+
+
+def test_unsaved_talk_is_in_a_private_file_until_it_is_saved(terminal):
+    def files():
+        return [file for file in (terminal.folder / "state/gpt2-chat").glob("unsaved-*.jsonl")
+                if "A secret 漢" in file.read_text()]
+
+    terminal.say("A secret 漢")
+    file, = files()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert [m["role"] for m in json.loads(file.read_text())["messages"]] == ["user", "assistant"]
+    terminal.messages()  # saves it
+    assert not files()
+    terminal.say("More")
+    assert files()
+    terminal.say("/new")
+    assert not files()
+
+
+# ---- under the bonnet ----------------------------------------------------------------------------
+
+
+def test_why(terminal):
+    assert "There is no reply yet." in terminal.say("/why")
+    terminal.say("Hello")
+    shown = terminal.say("/why")
+    first, second = shown.split("[log pi - log pi_ref, the reference being runs/sft]")
+    assert "\x1b[38;5;16;48;5;33m!" in terminal.raw  # what only this model says stands on blue
+    assert "\x1b[38;5;16;48;5;208m" in terminal.raw  # and the legend has orange
+    assert "[runs/dpo: log pi, how likely it finds each word]" in first and "[end]" in first
+    assert first.count("%, nearly ") == 3 and "under 1%" in first
+    assert second.count("%, was ") == 3 and "over 10 times as likely" in " ".join(second.split())
+    total, beta, again, reward = re.search(
+        r"summed up: ([+-][\d.]+); times beta, DPO's implicit reward: ([\d.]+) x (-?[\d.]+) = ([+-][\d.]+)",
+        " ".join(second.split())).groups()
+    assert float(total) == float(again) and float(beta) == 0.5
+    assert float(reward) == pytest.approx(0.5 * float(total), abs=0.01)
+    import model
+
+    gpts = [model.GPT.from_pretrained(terminal.folder / "runs" / name) for name in ("dpo", "sft")]
+    dpo, sft = (sum(word.logp for word in chat.judged(gpt, terminal.messages(), 1024)) for gpt in gpts)
+    assert float(total) == pytest.approx(dpo - sft, rel=0.02)  # the program may compute in bf16
+
+
+def test_why_of_ones_own_text(terminal):
+    terminal.say("Hello")
+    reply = terminal.messages()
+    terminal.press("\x1b[200~/why one \x9b31m\u202e 漢\nfour\x1b[201~")
+    terminal.see("four")
+    shown = " ".join(terminal.say("").split())
+    assert "one <U+009B>31m<U+202E> 漢\u23ce four [end]" in shown
+    assert not re.search("[\x9b\u202e]", terminal.raw.partition("log pi")[2])
+    assert terminal.messages() == reply
+
+
+def test_why_compares_what_a_run_has_become_with_what_it_began_from(terminal):
+    terminal.say("/model runs/sft")
+    terminal.say("/compare runs/dpo")
+    terminal.say("Hello")
+    shown = " ".join(terminal.say("/why").split())
+    assert "[runs/dpo: log pi" in shown and "the reference being runs/sft" in shown and "times beta" in shown
+    terminal.say("/compare random")
+    shown = " ".join(terminal.say("/why Hello").split())
+    assert "[runs/sft: log pi" in shown and "the reference being random" in shown and "times beta" not in shown
+    terminal.say("/compare")
+    terminal.say("/model endless")
+    assert "log pi_ref" not in terminal.say("/why Hello")  # no run here has made it
+
+
+# ---- other models, other texts -------------------------------------------------------------------
+
+
+def test_model_goes_on_with_another(terminal):
+    terminal.say("Hello")
+    assert "(answering: runs/dpo)" in terminal.say("/model")
+    assert "(answering: runs/sft)" in terminal.say("/model runs/sft/")
+    assert "seventeen." in terminal.say("Again")
+    assert len(terminal.messages()) == 4
+    assert "no model in 'runs/nothing'" in terminal.say("/model runs/nothing")
+    assert "damaged" in terminal.say("/model damaged")
+    assert "(answering: runs/sft)" in terminal.say("/model")
+
+
+def test_models(terminal):
+    shown = " ".join(terminal.say("/models").split())
+    assert "runs/begun sft of gpt2 on a, not finished runs/dpo dpo of runs/sft on mine.jsonl" in shown
+    assert "runs/sft sft of sample on sample sample the bundled base model gpt2 OpenAI's" in shown
+
+
+def test_verbose(terminal):
+    terminal.say("/set verbose")
+    assert re.search(r"\(\d+ tokens in [\d.]+ s, \d+ a second, the first after [\d.]+ s\)", terminal.say("Hello"))
+    assert "verbose             on" in terminal.say("/set")
+    assert "verbose is on or off, not 'loud'." in terminal.say("/set verbose loud")
+    terminal.say("/set max_new_tokens 3")
+    assert "(cut off: max_new_tokens is 3; 3 tokens in" in terminal.say("Hello")
+    terminal.say("/compare runs/sft")
+    assert terminal.say("Hello").count("tokens in") == 2
+    terminal.say("/set verbose off")
+    assert "tokens in" not in terminal.say("Hello")
+
+
+def test_blocks_in_three_quotes(terminal):
+    terminal.press('"""/set seed 1\r')
+    terminal.press("two\r")
+    terminal.say('"""')
+    assert terminal.messages()[0]["content"] == "/set seed 1\ntwo"
+    terminal.press('/system """Be\r')
+    assert "(system message: Be\nbrief.)" in terminal.say('brief."""')
+    terminal.say("/system -")
+    terminal.say('What does """ mean?')
+    assert terminal.messages()[2]["content"] == 'What does """ mean?'
+
+
+def test_read_puts_a_file_into_the_prompt(terminal):
+    (terminal.folder / "notes.md").write_bytes("\ufeff/etc is a folder.\r\nTurned \u202e \x9b2J.\n".encode())
+    terminal.say("/read notes.md")
+    terminal.see("Turned")
+    terminal.say("What is /etc?")
+    assert not re.search("[\u202e\x9b]", terminal.raw)
+    assert terminal.messages()[0]["content"] == "/etc is a folder.\nTurned \u202e \x9b2J.\n\nWhat is /etc?"
+    (terminal.folder / "long.txt").write_text("word " * 2000)
+    (terminal.folder / "longer.txt").write_text("word " * 400_000)
+    assert "long.txt is too long: 2,00" in " ".join(terminal.say("/read long.txt").split())
+    assert "longer.txt is too long: 2,000,000 bytes" in " ".join(terminal.say("/read longer.txt").split())
+    assert "No such file or directory: 'nowhere.md'" in terminal.say("/read nowhere.md")
+
+
+def test_what_is_typed_before_ctrl_c_is_not_lost(endless):
+    endless.press("Hello\r")
+    endless.see(r"\[endless\]")
+    endless.see("seventeen")
+    endless.press("a thought meanwhile")
+    endless.see("seventeen")
+    endless.press("\x03")
+    endless.see(r"\(stopped\)")
+    endless.see(PROMPT)
+    endless.see("a thought meanwhile")
+    endless.press("\x03")
+
+
+def test_the_tokens_in_the_prompt_are_those_of_the_conversation(terminal):
+    def tokens():
+        return int(re.findall(r"\((\d+) of 1,024 tokens\)", ESCAPES.sub("", terminal.raw + terminal.see("tokens")))[-1])
+
+    terminal.press("First\r")
+    terminal.see("seventeen")
+    terminal.see("or /help ")
+    first = int(re.search(r"\((\d+) of", terminal.see("1,024 tokens"))[1])
+    assert first == len(data.render(terminal.messages())[0])
+    terminal.see("1,024 tokens")
+    terminal.say("Second")
+    terminal.see("1,024 tokens")
+    terminal.press("/undo\r")
+    terminal.see("taken back")
+    assert int(re.search(r"\((\d+) of", terminal.see("1,024 tokens"))[1]) == first
+
+
+def test_system_says_so_when_the_model_never_met_one(terminal):
+    shown = " ".join(terminal.say("/system Be brief.").split())
+    assert "(no conversation that runs/dpo learnt from had one, so little will come of it)" in shown
+    terminal.say("/model endless")  # of which nothing is known
+    assert "learnt from" not in terminal.say("/system Be brief.")
+
+
+def test_help_has_the_names_known_elsewhere(terminal):
+    shown = " ".join(terminal.say("/help").split())
+    assert all(f"{alias} for {name}" in shown for alias, name in chat.ALIASES.items())
+    assert "Also: /regen" in terminal.say("/help retry")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_every_screen_fits_the_window(terminal, columns):
+    terminal.resize(columns)
+    (terminal.folder / "talk.jsonl").write_text(json.dumps({"messages": turns(2)}))
+    lines = ["Hello", "/retry", "/prefer left", "/why", "/why " + "words " * 20, "/help", "/help why", "/models",
+             "/stats", "/set", "/set verbose", "/system Be brief.", "/model nothing/of/this/name", "/load talk.jsonl",
+             "/model", "/compare runs/sft", "Again", "/prefer", "right", "/why", "/save talk.jsonl", "/undo",
+             "/read nowhere"]
+    for line in lines:
+        terminal.say(line)
+        behind_the_prompt = terminal.raw.partition("\x1b[?2004l")[2]
+        shown = ESCAPES.sub("", behind_the_prompt).replace("\r", "").splitlines()
+        assert max(map(chat.cell_len, shown), default=0) <= columns, f"{line}:\n" + "\n".join(shown)
+
+
+def test_every_screen_is_harmless(terminal):
+    """Of a model that says what steers terminals."""
+    terminal.say("/model hostile")
+    terminal.say("/set max_new_tokens 60")
+    for line in ("Hello", "/retry", "/prefer left", "/why", "/correct", " and more", "/compare runs/sft", "Again",
+                 "/prefer", "right", "/why"):
+        terminal.say(line)
+        shown = terminal.raw.partition("\x1b[?2004l")[2]
+        assert not re.search("[\x07\x9b\u202e]|\x1b\\[31m bell", shown), line
+
+
+# ---- typing --------------------------------------------------------------------------------------
 
 
 def test_a_slash_shows_the_commands(terminal):
@@ -895,16 +1440,25 @@ def test_history_file(terminal):
 # ---- in other terminals --------------------------------------------------------------------------
 
 
-def test_no_colour_where_none_is_wanted(programs):
-    terminal = programs["plain"]
-    assert "hostile. /help" in terminal.see(PROMPT) and not COLOURS.search(terminal.raw)
+def test_no_colour_where_none_is_wanted(plain):
+    terminal = plain
+    assert "hostile. /help" in terminal.greeting and not COLOURS.search(terminal.raw)
     for line in ("Hello", "/help", "/zzz", "/load evil.jsonl"):
         terminal.say(line)
         assert not COLOURS.search(terminal.raw)
 
 
-def test_a_narrow_terminal_and_hostile_text(programs):
-    terminal = programs["plain"]
+def test_numbers_where_no_colour_is_wanted(plain):
+    terminal = plain
+    terminal.say("Hi")
+    shown = terminal.say("/why")
+    assert not COLOURS.search(terminal.raw) and "-0.69 is a half" in " ".join(shown.split())
+    assert re.search(r" smile\([+-]\d+\.\d\d\)", " ".join(shown.split()))
+    assert max(map(chat.cell_len, shown.splitlines())) <= 40
+
+
+def test_a_narrow_terminal_and_hostile_text(plain):
+    terminal = plain
     terminal.say("/new")
     shown = terminal.say("Hi").split("Hi", 1)[1]
     lines = shown.splitlines()
@@ -914,16 +1468,16 @@ def test_a_narrow_terminal_and_hostile_text(programs):
     assert "␛[31m bell ␇ turned" in " ".join(said.split())
 
 
-def test_a_very_narrow_terminal(programs):
-    terminal = programs["plain"]
+def test_a_very_narrow_terminal(plain):
+    terminal = plain
     terminal.resize(12)
     shown = terminal.say("Hi").split("Hi", 1)[1]
     assert max(map(chat.cell_len, shown.splitlines())) <= 12
     terminal.resize(40)
 
 
-def test_ctrl_c_twice_leaves(programs):
-    terminal = programs["plain"]
+def test_ctrl_c_twice_leaves(plain):
+    terminal = plain
     terminal.press("\x03")
     terminal.see(PROMPT)
     terminal.press("\x03")
@@ -940,8 +1494,10 @@ def test_a_locale_without_utf8(programs):
 
 def test_ctrl_d_leaves(programs):
     terminal = programs["ascii"]
+    terminal.say("Hello")
     terminal.press("\x04")
     assert terminal.leave() == 0
+    assert "(not saved; the next chat offers it back)" in terminal.raw
 
 
 def test_a_dumb_terminal_and_compare_from_the_start(programs):
@@ -982,8 +1538,49 @@ def test_compare_without_a_terminal(piped):
     assert err == "(cut off: max_new_tokens is 3)\n" * 2
 
 
+def test_words_are_a_prompt_with_what_comes_through_a_pipe(piped, folder):
+    code, out, err = piped["words"]
+    assert code == 0 and re.fullmatch(r"(\w+\.? )+\w+\.?\n", out)
+    assert re.fullmatch(r"\(\d+ tokens in [\d.]+ s, \d+ a second, the first after [\d.]+ s\)\n", err)
+    prompt = data.render([{"role": "user", "content": "What is this?\n\nA note."}], reply=True)[0]
+    said = len(data.tokenizer().encode_ordinary(" " + out.strip()))
+    assert len(prompt) + said == 60 + 1  # it ends in the place of 60, which the token before, at 60, predicts
+
+
+def test_blind_votes_through_a_pipe(piped, folder):
+    code, out, err = piped["blind"]
+    assert (code, err) == (0, ""), err
+    rows = [json.loads(line) for line in (folder / "piped.jsonl").read_text().splitlines()]
+    assert [row["vote"] for row in rows] == ["left", "right", "neither"] and "4 of 4" in out
+    assert [row["prompt"][0]["content"] for row in rows] == ["One?", "Two \x1b[31m?", "Three\x07?"]
+    parts = re.split(r"\d of 4\n", out)[1:]
+    mark = {"runs/sft": ".", "runs/dpo": "!"}
+    for row, part in zip(rows, parts, strict=False):
+        left, right = row["models"] if row["vote"] != "right" else row["models"][::-1]
+        hidden, told = part.split("left, right or neither? ")
+        shown = re.search(r"\[left\]\n(.*)\n\n\[right\]\n(.*)\n", hidden, re.DOTALL)
+        assert f"seventeen{mark[left]}" in shown[1] and f"seventeen{mark[right]}" in shown[2]
+        assert f"left is {left}, right is {right}" in told and "runs/" not in hidden
+    won = [row["models"][0] for row in rows[:2]].count("runs/dpo")
+    assert f"(runs/dpo against runs/sft: {won} won, {2 - won} lost, 1 tied; win rate " in out.splitlines()[-5:][0] + out
+    assert "\x1b" not in out and "\x07" not in out and "Two ␛[31m?" in out
+    assert command_shown(out, "dpo").data == ("piped.jsonl",)
+
+
+def test_a_vote_that_is_none_ends_it_and_keeps_the_others(piped, folder):
+    code, out, err = piped["no vote"]
+    assert code == 2 and err == "error: 'both' is no vote; it is left, right or neither.\n"
+    row, = (json.loads(line) for line in (folder / "no.jsonl").read_text().splitlines())
+    assert row["prompt"] == turns(2)[:3]
+    assert "> q1 word" in out and "> q0 word" in out  # what was said before is shown
+
+
 @pytest.mark.parametrize(("run", "said"), [("no model", "uv run sft.py"), ("wrong model", "no model in 'runs/sfd'"),
-                                           ("empty pipe", "nothing to answer"), ("setting", "top_p is 2.0")])
+                                           ("empty pipe", "nothing to answer"), ("setting", "top_p is 2.0"),
+                                           ("blind alone", "--prompts FILE"), ("blind to one", "--blind takes two"),
+                                           ("no folder", "there is no folder no/such"),
+                                           ("no questions", "no file of questions 'nothing.txt'"),
+                                           ("a model as a word", "uv run chat.py --model runs/sft")])
 def test_failures_are_short_and_say_what_next(piped, run, said):
     code, out, err = piped[run]
     assert (code, out) == (2, "") and said in err and err.count("\n") <= 5 and "Traceback" not in err
