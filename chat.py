@@ -1010,8 +1010,10 @@ def to_learn(session: Session, stage: str, path: Path, rows: int) -> str:
     if of_the_sample(name):
         preset, rate = "sample", {"sft": 3e-4, "dpo": 1e-4}[stage]
     batch_size, steps = data.three_passes(rows)
-    adapter = ["--adapter", session.cfg.adapter] if session.cfg.adapter and name == session.chats[0].name else []
-    return shlex.join(["uv", "run", f"{stage}.py", "--model", name, *adapter, "--data", str(path), "--out", out, "--preset",
+    start = ["--model", name]
+    if session.cfg.adapter and name == session.chats[0].name:
+        start += ["--adapter", session.cfg.adapter]
+    return shlex.join(["uv", "run", f"{stage}.py", *start, "--data", str(path), "--out", out, "--preset",
                        preset, "--lr", f"{rate:g}", "--batch-size", str(batch_size), "--steps", str(steps)])
 
 

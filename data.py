@@ -56,7 +56,7 @@ class lazy:
         self._name = name
 
     def __getattr__(self, attribute: str):
-        return getattr(sys.modules.get(self._name) or importlib.import_module(self._name), attribute)
+        return getattr(importlib.import_module(self._name), attribute)
 
 
 np = lazy("numpy")
@@ -1602,7 +1602,7 @@ def one_value(file: IO[bytes], shown: str) -> list | None:
         match parse_json(text):
             case {**value}:
                 return [value]
-            case [{}, *_] as rows:
+            case [] | [{}, *_] as rows:
                 return rows
             case BadRow() as bad if isinstance(row, BadRow) and begin == b"[":
                 raise ValueError(f"{shown} begins as a JSON list and is none: {bad.args[1]}\n"
@@ -1664,7 +1664,7 @@ PATIENCE = 10   # seconds that the Hub has to answer the first question
 
 
 def hub_rows(name: str, data_set: DataSet, split: str, notes: Counter) -> Iterator[FileRow]:
-    """The rows of a data set of the Hugging Face Hub, of all splits or of one; what is in the Hub's cache is taken unasked."""
+    """The rows of one split or of all of a data set of the Hugging Face Hub; what is in its cache is taken unasked."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import disable_progress_bars, logging
 
@@ -1695,7 +1695,8 @@ def fetched_rows(folder: Path, data_set: DataSet, split: str, notes: Counter) ->
     from pyarrow import parquet
 
     files = sorted(file for pattern in data_set.files for file in folder.glob(pattern))
-    splits = {file: re.split("[-.]", file.name)[0] for file in files}   # train-00000-of-00002.parquet, test.jsonl.gz
+    # train-00000-of-00002.parquet, test.jsonl.gz
+    splits = {file: re.split("[-.]", file.name)[0] for file in files}
     if split and split not in splits.values():
         known = ", ".join(sorted(set(splits.values())))
         raise ValueError(f"{data_set.hub} has no split {visible(split)[:80]!r}; it has {known}")

@@ -803,7 +803,8 @@ def read_config(folder: Path) -> GPTConfig:
             if type(value) is not type(getattr(GPTConfig, key)) or not 0 < value < 2**31:
                 raise ValueError(f"{key} is {value!r}")
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a model's configuration: {_pointer(path) or error}{fetch_again(path)}") from None
+        reason = _pointer(path) or error
+        raise ValueError(f"{path} is not a model's configuration: {reason}{fetch_again(path)}") from None
     wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": (None, 4 * config.n_embd),
               "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
     for key, allowed in wanted.items():
@@ -838,7 +839,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def fetch_again(file: Path) -> str:
     """How to get a damaged file once more; the Hub's cache holds links to the files themselves."""
-    return f"\nDelete it, and it is fetched again: {file.resolve()}" if file.is_symlink() else "\nCopy or download it again"
+    fetched = f"Delete it, and it is fetched again: {file.resolve()}"
+    return "\n" + (fetched if file.is_symlink() else "Copy or download it once more")
 
 
 def _pointer(file: Path) -> str:

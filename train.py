@@ -986,8 +986,8 @@ def _differences(old: dict, new: dict, defaults: dict) -> list[str]:
     before = defaults | old.get("config", {})  # a setting may be younger than the run
     pairs = [(option(k), before[k], v) for k, v in new["config"].items() if k not in MAY_DIFFER | BY_CONTENT]
     pairs += [("stage", old.get("stage"), new["stage"]),
-              ("data (sha256)", old.get("data", {}).get("sha256"), new.get("data", {}).get("sha256")),
-              ("model (sha256)", old.get("model", {}).get("sha256"), new.get("model", {}).get("sha256"))]
+              ("--data (sha256)", old.get("data", {}).get("sha256"), new.get("data", {}).get("sha256")),
+              ("--model (sha256)", old.get("model", {}).get("sha256"), new.get("model", {}).get("sha256"))]
     return [f"  {name}: {_short(before)} there, {_short(now)} now" for name, before, now in pairs if before != now]
 
 

@@ -957,7 +957,8 @@ def test_load_of_an_empty_list(terminal):
     '{"messages": [{"role": "king", "content": "a"}]}', '"\\ud800"', '{"prompt": "a", "chosen": "b", "rejected": "c"}'])
 def test_load_refuses_what_is_no_conversation(terminal, text):
     (terminal.folder / "bad.jsonl").write_text(text)
-    assert re.search(r"bad\.jsonl(:1)? is (no conversation|empty)", " ".join(terminal.say("/load bad.jsonl").split()))
+    shown = " ".join(terminal.say("/load bad.jsonl").split())
+    assert re.search(r"bad\.jsonl(:1)? (is (no conversation|empty)|begins as a JSON list and is none)", shown)
     assert "Traceback" not in terminal.raw
 
 

@@ -264,7 +264,7 @@ def test_reading_advances_to_its_end(chats, tmp_path, monkeypatch):
     zipped.write_bytes(gzip.compress(Path(chats).read_bytes()))
     datasets.Dataset.from_list([json.loads(line) for line in Path(chats).read_text().splitlines()]).to_parquet(table)
     for spec in (chats, str(zipped), str(table)):
-        assert data.load_rows([spec]).report.kept == 40
+        assert data.load_rows([spec]).report.kept == 35  # five are there twice
     assert len(seen) == 3 and set(seen.values()) == {1.0}
 
 

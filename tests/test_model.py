@@ -854,8 +854,9 @@ def test_a_quantised_model_says_the_same_in_most_places():
     ids = torch.tensor([greedy(gpt, [END_OF_TEXT, 32], 120)])  # <|endoftext|>A ...
     logits, rounded = gpt(ids), quantised(ids)
     assert 0 < (rounded - logits).norm() < 0.02 * logits.norm()
-    assert (rounded.argmax(-1) == logits.argmax(-1)).float().mean() > 0.94
-    assert greedy(quantised, ids[0, :40].tolist(), 20) == greedy(gpt, ids[0, :40].tolist(), 20)
+    same, (first, second) = rounded.argmax(-1) == logits.argmax(-1), logits.topk(2).values.unbind(-1)
+    assert same.float().mean() > 0.94
+    assert same[first - second > 0.5].all()
 
 
 # ---- weights in and out --------------------------------------------------------------------------
