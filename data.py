@@ -1272,7 +1272,7 @@ ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 def read_ultrafeedback(row: dict) -> Preference:
     """UltraFeedback: the completion with the highest mean rating against that with the lowest.
 
-    The mean is over the four aspects as far as they were rated; not `overall_score`, whose tens are partly ones.
+    The mean is over the four aspects as far as they were rated; not its overall score, whose tens are partly ones.
     """
     instruction, completions = want(row, "instruction", "completions")
     if not isinstance(completions, list):
