@@ -55,7 +55,7 @@ def make_model(name: str, work: Path) -> Path:
 
 def measure(cfg: Config, system: str, task: str, folder: Path, **options) -> dict:
     options = {"threads": cfg.threads, "steps": cfg.steps, "batch": 8, "rank": 8, "micro_batch_tokens": 2048,
-               "length": 512, "precision": cfg.precision} | options
+               "length": 512, "precision": cfg.precision, "device": "cpu"} | options
     out = Path(cfg.work, f"{system}-{task}-{options['precision']}")
     command = [sys.executable, HERE / "worker.py", system, task, folder, cfg.data, out, json.dumps(options)]
     threads = {} if options.get("alone") else {"OMP_NUM_THREADS": str(cfg.threads)}

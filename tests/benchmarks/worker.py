@@ -25,7 +25,15 @@ import data
 
 
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes at the most: of the GPU's memory if one was used, otherwise of the process."""
+    return torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def now() -> float:
+    """Seconds; what was given to a GPU is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def measured_steps(rows: list, options: dict) -> list[int]:
@@ -46,6 +54,7 @@ def rows_of_steps(load, path: str, options: dict) -> list:
 def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> dict:
     """The script's own main(), with evaluation, replies and saving left out as far as the settings allow."""
     import dpo
+    import model
     import sft
     import train
 
@@ -59,7 +68,7 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
                        context=length, lora_rank=0 if task == "sft-full" else options["rank"], checks="", prompts=(),
                        val_fraction=0.0, eval_every=0, save_every=0, overwrite=True, lr=1e-5,
                        micro_batch_tokens=options["micro_batch_tokens"], recompute=options.get("recompute", False),
-                       precision=options["precision"])
+                       precision=options["precision"], device=options["device"])
     taken, seconds, work, step_batches = {}, [], {}, stage.step_batches
 
     def watched(rows, *args):
@@ -67,7 +76,8 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
 
         def of(step, budget):
             found = batches(steps[step], budget)
-            work[step] = sum(operations(batch, task) for batch in found)
+            work[step] = sum(operations(batch, task, json.loads(Path(folder, "config.json").read_text()))
+                             for batch in found)
             return found
 
         of.rows = lambda step: batches.rows(steps[step])
@@ -83,36 +93,38 @@ def ours_train(task: str, folder: str, path: str, out: str, options: dict) -> di
         return table
 
     dpo.reference_logprobs = timed
+    memory_estimate, estimates = model.memory_estimate, []
+    model.memory_estimate = lambda *args: estimates.append(memory_estimate(*args)) or estimates[-1]
     original = train.save_checkpoint  # the checkpoint after the last step is not training: TRL saves none here
     train.save_checkpoint = lambda *_: taken.setdefault("peak", peak())
     try:
         stage.main(cfg)
     finally:
-        train.save_checkpoint, stage.step_batches = original, step_batches
+        train.save_checkpoint, stage.step_batches, model.memory_estimate = original, step_batches, memory_estimate
     records = train.read_metrics(Path(out))
     took = sum(options["batch"] / record[f"{cfg.row_name}_per_second"] for record in records)
     return rates(took + sum(seconds), records[-1]["tokens"], options) | {
-        "operations_per_second": sum(work.values()) / took, "peak": taken["peak"]}
+        "operations_per_second": sum(work.values()) / took, "peak": taken["peak"], "estimate": estimates[-1]}
 
 
 def rates(seconds: float, tokens: int, options: dict) -> dict:
     return {"tokens_per_second": tokens / seconds, "pairs_per_second": options["steps"] * options["batch"] / seconds}
 
 
-def operations(batch, task: str) -> float:
-    """Floating-point operations of GPT-2 124M's products with its weights, forward and backward.
+def operations(batch, task: str, config: dict) -> float:
+    """Floating-point operations of a GPT-2's products with its weights, forward and backward.
 
     Two for each weight and token in the forward pass, for the activations' gradient and, but for LoRA, for the
     weights'.
     """
-    blocks, head = 12 * 12 * 768**2, 50257 * 768
+    blocks, head = config["n_layer"] * 12 * config["n_embd"]**2, config["vocab_size"] * config["n_embd"]
     return 2 * (len(batch.tokens) * blocks + len(batch.targets) * head) * (3 if task == "sft-full" else 2)
 
 
 def ours_generate(folder: str, options: dict) -> dict:
     import model
 
-    gpt = model.for_generation(model.GPT.from_pretrained(folder), options["precision"])
+    gpt = model.for_generation(model.GPT.from_pretrained(folder).to(options["device"]), options["precision"])
 
     def run(prompt: list[int], new: int) -> list[float]:
         stamps = [time.perf_counter()]
@@ -133,21 +145,23 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                   attn_implementation=options.get("attention", "sdpa"))
     lora = LoraConfig(r=options["rank"], lora_alpha=16, target_modules=["c_attn", "c_proj", "c_fc"],
                       fan_in_fan_out=True, task_type="CAUSAL_LM")
     common = {"output_dir": out, "per_device_train_batch_size": options["batch"], "max_steps": options["steps"],
               "learning_rate": 1e-5, "save_strategy": "no", "report_to": "none", "max_length": options["length"],
               "gradient_checkpointing": options.get("recompute", False), "bf16": options["precision"] == "bf16",
-              "use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True}
+              "use_cpu": options["device"] == "cpu", "dataloader_pin_memory": options["device"] != "cpu",
+              "disable_tqdm": True}
     took, tokens = [], []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            took.append(-time.perf_counter())
+            took.append(-now())
 
         def on_step_end(self, *_, **__):
-            took[-1] += time.perf_counter()
+            took[-1] += now()
 
     if task == "dpo-lora":
         def says(ids) -> list[dict]:
@@ -159,7 +173,8 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
                              processing_class=tokenizer, peft_config=lora, callbacks=[Clock()])
     else:
         rows = [{"messages": messages_of(r.ids)} for r in rows_of_steps(data.load_rows, path, options)]
-        trainer = SFTTrainer(network, args=SFTConfig(**common, assistant_only_loss=True, packing=False),
+        config = SFTConfig(**common, assistant_only_loss=True, packing=options.get("packing", False))
+        trainer = SFTTrainer(network, args=config,
                              train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                              peft_config=lora if task == "sft-lora" else None, callbacks=[Clock()])
     original = trainer.training_step
@@ -178,7 +193,7 @@ def transformers_generate(folder: str, options: dict) -> dict:
     from transformers.generation.streamers import BaseStreamer
 
     dtype = torch.bfloat16 if options["precision"] == "bf16" else torch.float32
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(options["device"])
 
     class Clock(BaseStreamer):
         def __init__(self):
@@ -192,7 +207,8 @@ def transformers_generate(folder: str, options: dict) -> dict:
 
     def run(prompt: list[int], new: int) -> list[float]:
         clock = Clock()
-        network.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=new,
+        ids = torch.tensor([prompt], device=network.device)
+        network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
                          min_new_tokens=new, do_sample=False, streamer=clock, pad_token_id=data.EOT)
         return clock.stamps  # the first stamp is the prompt's own
 
@@ -251,24 +267,24 @@ def read(path: str, options: dict) -> dict:
     return {"rows": len(rows), "tokens": sum(map(len, rows)), "seconds": seconds}
 
 
-def machine() -> dict:
+def machine(device: str) -> dict:
     """The machine's own rates: of matrix products, in GFLOP/s, and of reading memory, in GB/s."""
-    block = torch.ones(1 << 28)
+    block, side = torch.ones(1 << 28, device=device), 1536 if device == "cpu" else 8192
     block.sum()
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = now()
         block.sum()
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     rates = {"memory": block.numel() * 4 / min(times) / 1e9}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a, b = torch.randn(1536, 1536).to(dtype), torch.randn(1536, 1536).to(dtype)
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in "ab")
         times = []
         for _ in range(8):
-            start = time.perf_counter()
+            start = now()
             a @ b
-            times.append(time.perf_counter() - start)
-        rates[name] = 2 * 1536**3 / min(times) / 1e9
+            times.append(now() - start)
+        rates[name] = 2 * side**3 / min(times) / 1e9
     return rates
 
 
@@ -278,7 +294,7 @@ def main() -> None:
     if not options.get("alone"):  # which leaves them to the scripts
         torch.set_num_threads(options["threads"])
     if task == "machine":
-        result = machine()
+        result = machine(options["device"])
     elif task == "read":
         result = read(path, options | {"copies": f"{out}.jsonl"})
     elif task == "decode":
