@@ -862,6 +862,9 @@ def _from_transformers(weights: dict[str, Tensor], gpt: GPT, source: Path) -> di
             raise ValueError(f"{source}: weight '{name}' has shape {tuple(weights[name].shape)}, "
                              f"config.json asks for {tuple(want.t().shape if _is_conv1d(name) else want.shape)}")
         own[name] = w.float().contiguous()
+        if not all(map(math.isfinite, own[name].aminmax())):
+            raise ValueError(f"{source}: weight '{name}' has numbers that are not finite: this model is of no use.\n"
+                             "Take the one it was made from, or an earlier copy of it")
     unknown = [n for n in weights if n not in own and not n.endswith((".attn.bias", ".attn.masked_bias"))]
     if unknown:
         raise ValueError(f"{source} has a weight that GPT-2 does not have: '{unknown[0]}'")

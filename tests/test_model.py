@@ -990,6 +990,8 @@ def put(name, value):
     (put("transformer.h.2.ln_1.weight", torch.zeros(16)), r"does not have.*h\.2\.ln_1\.weight"),
     (put("lm_head.weight", torch.zeros(61, 16)), r"lm_head\.weight differs from wte\.weight"),
     (put("lm_head.weight", torch.zeros(60, 16)), r"lm_head\.weight differs from wte\.weight"),
+    *((put("transformer.ln_f.weight", torch.full((16,), bad, dtype=dtype)), r"'ln_f\.weight' .* not finite.*of no use")
+      for bad in (math.nan, math.inf, -math.inf) for dtype in (torch.float32, torch.float16)),
 ])
 def test_weights_that_are_not_a_gpt2s_are_refused(copy, change, message):
     edit_weights(copy, change)
