@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -442,6 +443,7 @@ class Run:
         for name, (fine, wanted) in self.cfg.limits().items():
             if not fine:
                 raise ValueError(f"{option(name)} is {getattr(self.cfg, name)}; it has to be {wanted}")
+        tracker_package(self.cfg.tracker)  # before anything takes time
         if self.device.type == "mps" and self.cfg.recompute and (self.cfg.dropout or self.cfg.lora_dropout):
             raise ValueError("--recompute on MPS would drop others the second time: leave out dropout, or --recompute")
         if self.cfg.batch_size < self.world:
@@ -1249,21 +1251,26 @@ def summary(record: dict) -> str:
     return "  ".join(parts)
 
 
-def _tracker(run: Run):
-    name = run.cfg.tracker
+def tracker_package(name: str):
+    """The module that a tracker is, or None for none. A folder `wandb`, as it leaves behind, is not the package."""
     if name == "none":
         return None
     try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(run.folder / "tensorboard")
-            return lambda r: ([writer.add_scalar(k, v, r["step"]) for k, v in r.items() if k != "step"], writer.flush())
-        tracker = __import__(name)
-    except ImportError:
+        package = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+        getattr(package, "SummaryWriter" if name == "tensorboard" else "init")
+    except (ImportError, AttributeError):
         raise ValueError(f"--tracker {name} needs a package that is not installed: uv sync --extra {name}") from None
-    tracker.init(project="gpt2-chat", name=run.folder.name, config=asdict(run.cfg))
-    return lambda r: tracker.log({k: v for k, v in r.items() if k != "step"}, step=r["step"])
+    return package
+
+
+def _tracker(run: Run):
+    package = tracker_package(run.cfg.tracker)
+    if run.cfg.tracker == "tensorboard":
+        writer = package.SummaryWriter(run.folder / "tensorboard")
+        return lambda r: ([writer.add_scalar(k, v, r["step"]) for k, v in r.items() if k != "step"], writer.flush())
+    if package:
+        package.init(project="gpt2-chat", name=run.folder.name, config=asdict(run.cfg))
+        return lambda r: package.log({k: v for k, v in r.items() if k != "step"}, step=r["step"])
 
 
 def read_metrics(folder: Path) -> list[dict]:

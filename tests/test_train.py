@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -612,9 +612,11 @@ def test_a_tracker_gets_what_is_logged_and_is_named_if_missing(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     _, log, _ = run_toy(tmp_path, [[batch_of(1)]] * 2, tracker="wandb")
     assert got == [2, *((r["step"], r["loss"]) for r in log)]
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"not installed: uv sync --extra wandb"):
-        run_toy(tmp_path / "other", [[batch_of(1)]], tracker="wandb")
+    for missing in (None, ModuleType("wandb")):  # the other is what `mkdir wandb` makes
+        monkeypatch.setitem(sys.modules, "wandb", missing)
+        with pytest.raises(ValueError, match=r"not installed: uv sync --extra wandb"):
+            train.Run("sft", sft.Config(tracker="wandb", out=str(tmp_path / "other"))).__enter__()
+    assert not (tmp_path / "other").exists()  # it is told before anything takes time
 
 
 # ---- the command line ----------------------------------------------------------------------------
