@@ -189,7 +189,7 @@ def test_answers_do_not_depend_on_their_company(full):
 
 
 def test_a_finished_run_opens_in_transformers(full):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(full).eval(), AutoTokenizer.from_pretrained(full)
     with torch.no_grad():
@@ -204,6 +204,9 @@ def test_a_finished_run_opens_in_transformers(full):
     assert (marked["input_ids"], marked["assistant_masks"]) == (ids.tolist(), mask.astype(int).tolist())
     reply = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt):]  # ends at EOT
     assert tokenizer.decode(reply, skip_special_tokens=True) == TALKS[2][1] and reply[-1] == data.EOT
+    chat = pipeline("text-generation", str(full))(question, max_new_tokens=20, do_sample=False)
+    assert chat[0]["generated_text"] == talk
+    assert tokenizer.model_max_length == theirs.config.n_positions
 
 
 def test_an_adapter_on_its_base_is_the_merged_model(adapted, tiny_model):
@@ -249,6 +252,15 @@ def test_a_run_starts_from_a_model_and_somebodys_adapter(settings, tiny_model, s
     assert again["val_loss"] == pytest.approx(about["metrics"]["val_loss"], rel=1e-4 if precision == "fp32" else 1e-2)
     with pytest.raises(ValueError, match="would replace --adapter"):
         sft.main(replace(cfg, out=str(somebodys_adapter.parent)))
+
+
+def test_a_model_of_other_words_is_refused_before_anything_is_computed(settings, tiny_model, tmp_path):
+    """Its ids would mean nothing; a folder without a tokenizer, as the tiny model is, is taken for OpenAI's."""
+    shutil.copytree(tiny_model, tmp_path / "theirs")
+    (tmp_path / "theirs" / "vocab.json").write_text('{"Bäcker": 0}')
+    with pytest.raises(ValueError, match=r"other words than GPT-2: in its vocab\.json"):
+        sft.main(settings(model=str(tmp_path / "theirs"), data=("nowhere.jsonl",), out=str(tmp_path / "run")))
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_what_an_adapter_calls_its_base_means_something_elsewhere(tiny_model, tmp_path, monkeypatch):
