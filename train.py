@@ -450,8 +450,10 @@ class Run:
             raise ValueError(f"--batch-size {self.cfg.batch_size} is too few for {self.world} processes")
         if "RANK" in os.environ and not torch.distributed.is_initialized():
             store, rank, world = next(torch.distributed.rendezvous("env://"))
-            # torchrun's store outlives a restart, and what dead processes left in it would be read as addresses
-            store = torch.distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            # torchrun's own store outlives a restart, and what dead processes left in it would be read as addresses; a
+            # store of rank 0's is new, and a machine that came back counts its restarts from 0
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                store = torch.distributed.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             torch.distributed.init_process_group(
@@ -1077,7 +1079,11 @@ def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run:
 def load_checkpoint(gpt: model.GPT, optimizer, run: Run) -> State | None:
     """Go on from the newest checkpoint that verifies; says which were skipped and why. None if there is none."""
     from safetensors.torch import load_file
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
 
     weights, moments, state = {}, {}, None
     if run.is_main:  # the others get it from rank 0, which has the run's folder
@@ -1098,7 +1104,9 @@ def load_checkpoint(gpt: model.GPT, optimizer, run: Run) -> State | None:
     if state := run.shared(state):
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=run.world > 1, strict=False,
                                    ignore_frozen_params=True)
-        set_state_dict(gpt, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
+        # one by one: set_state_dict takes the other ranks' empty weights for the wish to have none, and all would wait
+        set_optimizer_state_dict(gpt, optimizer, moments, options=options)
+        set_model_state_dict(gpt, weights, options=options)
     return state
 
 

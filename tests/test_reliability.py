@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
@@ -604,6 +605,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
 def run_in_processes(server, job: trials.Job, folder: Path, world: int = 2, seconds: float = 400, **more) -> list[int]:
     """A run in so many processes; their exit codes."""
     port = free_port()
@@ -683,9 +689,10 @@ def assert_resumes_within(server, job, one: Path, two: Path) -> None:
 
 
 class Torchrun:
-    """`torchrun --nproc-per-node 2 SCRIPT ...` as a person starts it."""
+    """`torchrun --nproc-per-node 2 SCRIPT ...` as a person starts it; or another launcher, or one of two machines."""
 
-    def __init__(self, server, job: trials.Job, folder: Path, *, restarts: int = 0, **more):
+    def __init__(self, server, job: trials.Job, folder: Path, *, restarts: int = 0, launcher: Sequence[str] = (
+            "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), environ: dict | None = None, **more):
         cfg = job.config(folder, **more)
         flags = []
         for key, value in vars(cfg).items():
@@ -694,18 +701,19 @@ class Torchrun:
                 flags += [flag] if value is True else [flag, *map(str, value if isinstance(value, tuple) else [value])]
         self.log = trials.log_of(folder)
         self.out = open(self.log, "a")  # noqa: SIM115
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"} | (environ or {})
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
-             str(restarts), f"{job.script}.py", *flags], cwd=trials.ROOT, stdout=self.out, stderr=self.out,
-            env=environment)
+            [sys.executable, "-m", *launcher, *["--max-restarts", str(restarts)] * (restarts > 0), f"{job.script}.py",
+             *flags], cwd=trials.ROOT, stdout=self.out, stderr=self.out, env=environment)
+
+    def workers(self) -> list[int]:
+        return [*map(int, Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split())]
 
     def worker(self, rank: int) -> int:
         """The process id of a rank."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        for pid in children:
+        for pid in self.workers():
             if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                return int(pid)
+                return pid
         raise AssertionError(f"no rank {rank}")
 
     def wait(self, seconds: float = 240) -> int:
@@ -751,3 +759,45 @@ def test_a_rank_that_dies_and_a_run_that_restarts(server, name, fsdp, record_pro
     assert verified(folders[3])[0] == step
     assert Torchrun(server, job, folders[3]).wait() == 0, tail(folders[3])
     assert differences(outcome(folders[3]), wanted) == []
+
+
+def machine(server, job: trials.Job, folder: Path, port: int) -> Torchrun:
+    """The README's command for one of two machines, here both at the loopback address.
+
+    Without the variable, rank 0 tells its address to the machines of the first round only (torch 2.15).
+    """
+    return Torchrun(server, job, folder, restarts=3, environ={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, launcher=(
+        "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+        f"localhost:{port}"))
+
+
+@full
+def test_a_machine_that_dies_and_comes_back(server, record_property):
+    """Of two torchruns one is killed with its process: the other waits for its successor, and both go on as if
+    nothing had happened."""
+    job, port = server.jobs["sft full"].but(steps=30, eval_every=10), free_port()
+    one, two = server.new_folder(), server.new_folder()
+    assert Torchrun(server, job, one).wait() == 0, tail(one)
+    first = machine(server, job, two, port)
+    wait_until(lambda: listens(port), 120)  # the first one is the meeting place
+    dead = machine(server, job, two, port)
+    wait_until(lambda: (two / "checkpoints" / "step-00000004").is_dir(), 120)
+    for pid in [*dead.workers(), dead.process.pid]:
+        os.kill(pid, signal.SIGKILL)
+    began = time.monotonic()
+    second = machine(server, job, two, port)
+    assert (first.wait(), second.wait(), dead.wait()) == (0, 0, -signal.SIGKILL), tail(two)
+    report(record_property, "seconds from a machine's death to the end on both", round(time.monotonic() - began))
+    assert trials.log_of(two).read_text().count("resumed ") == 1
+    assert differences(outcome(two), outcome(one)) == []
+
+
+@full
+def test_accelerate_launches_it_too(server):
+    pytest.importorskip("accelerate")
+    job = server.jobs["sft full"].but(steps=5)
+    one, two = server.new_folder(), server.new_folder()
+    assert Torchrun(server, job, one).wait() == 0, tail(one)
+    accelerate = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+    assert Torchrun(server, job, two, launcher=accelerate).wait() == 0, tail(two)
+    assert differences(outcome(two), outcome(one)) == [] and "2 processes" in trials.log_of(two).read_text()
