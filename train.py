@@ -574,8 +574,12 @@ class Run:
 
     def load(self, spec: str) -> model.GPT:
         """The model to train, on the device, with fresh adapters if the run has any."""
-        cfg, folder = self.cfg, model.find_model(spec)
-        self.model_folder = folder
+        cfg = self.cfg
+        for part in cfg.data:  # no model is fetched for a misspelt name
+            name, path, _ = data.parse_spec(part)
+            if path and not os.path.exists(str(path).partition("#")[0] or "."):
+                data.open_spec(name, path)  # says what there is
+        self.model_folder = folder = model.find_model(spec)
         if folder.resolve() == self.folder.resolve():
             raise ValueError(f"--out {cfg.out} would replace --model {spec}, which the run needs to its end.\n"
                              "Give another folder: --out")

@@ -225,6 +225,12 @@ def test_a_hub_that_is_ill_is_told_in_its_own_words_and_soon(what, mood, word, h
     assert len(hub.asked) <= 3      # it was not asked again and again
 
 
+@pytest.mark.parametrize("script", [sft, dpo])
+def test_no_model_is_fetched_for_data_that_are_not_there(script, hub, run):
+    code, said = run(script, "--model", "gpt2", "--data", "oasst1", "my_talks.jsonl", "--out", "run")
+    assert code == 2 and "no file is called 'my_talks.jsonl'" in said and not hub.asked, said
+
+
 @pytest.mark.parametrize("what", ASK)
 def test_without_a_name_server(what, hub, run, chats, monkeypatch):
     looked = []

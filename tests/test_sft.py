@@ -259,7 +259,7 @@ def test_a_model_of_other_words_is_refused_before_anything_is_computed(settings,
     shutil.copytree(tiny_model, tmp_path / "theirs")
     (tmp_path / "theirs" / "vocab.json").write_text('{"Bäcker": 0}')
     with pytest.raises(ValueError, match=r"other words than GPT-2: in its vocab\.json"):
-        sft.main(settings(model=str(tmp_path / "theirs"), data=("nowhere.jsonl",), out=str(tmp_path / "run")))
+        sft.main(settings(model=str(tmp_path / "theirs"), out=str(tmp_path / "run")))
     assert not (tmp_path / "run" / "run.json").exists()
 
 
