@@ -744,11 +744,12 @@ def failures(folder, tiny_model, chats):
     (folder / "llama" / "config.json").write_text('{"model_type": "llama", "n_embd": 8}')
     (folder / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}, '
                                       '{"role": "assistant", "content": "Hello"}]}\n{"messages": 5}\n')
-    poisoned = folder / "poisoned"
-    model.GPT.from_pretrained(tiny_model).save_pretrained(poisoned)
-    weights = load_file(poisoned / "model.safetensors")
-    weights["transformer.h.1.mlp.c_fc.weight"][3, 3] = math.nan
-    save_file(weights, poisoned / "model.safetensors")
+    poisoned, too_large = folder / "poisoned", folder / "too_large"  # the second is read, and computes NaN
+    for path, value in ((poisoned, math.nan), (too_large, 3e38)):
+        model.GPT.from_pretrained(tiny_model).save_pretrained(path)
+        weights = load_file(path / "model.safetensors")
+        weights["transformer.h.1.mlp.c_fc.weight"][:] = value
+        save_file(weights, path / "model.safetensors")
     tiny = ["--model", str(tiny_model), "--data", chats]
     quick = ["--checks", "", "--steps", "5", "--batch-size", "4", "--warmup", "0", "--eval-every", "0", "--prompts"]
     return {
@@ -763,8 +764,9 @@ def failures(folder, tiny_model, chats):
                       ["bad.jsonl:2", "messages", "--bad-rows skip"]),
         "no checks": (sft, [*tiny, "--checks", "nowhere.jsonl"], 2, ["nowhere.jsonl"]),
         "too high a rate": (sft, [*tiny, *quick, "--lr", "1e30"], 1, ["step 2", "nan", "--lr"]),
-        "a poisoned weight": (sft, ["--model", str(poisoned), "--data", chats, *quick], 1, ["nan", "weights of"]),
-        "not found at once": (sft, ["--model", str(poisoned), "--data", chats, *quick, "--val-fraction", "0"], 1,
+        "a poisoned weight": (sft, ["--model", str(poisoned), "--data", chats, *quick], 2, ["c_fc", "not finite"]),
+        "too large a weight": (sft, ["--model", str(too_large), "--data", chats, *quick], 1, ["nan", "weights of"]),
+        "not found at once": (sft, ["--model", str(too_large), "--data", chats, *quick, "--val-fraction", "0"], 1,
                               ["step 1", "nan", "rows"]),
         "too long a context": (sft, [*tiny, "--context", "2048"], 2, ["2048", "1024"]),
         "no LoRA target": (sft, [*tiny, "--lora-rank", "2", "--lora-targets", "q_proj"], 2, ["q_proj", "c_attn"]),
