@@ -407,6 +407,13 @@ def head_total_logprob(gpt: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
     return head_logprobs(gpt, hidden, targets).sum()
 
 
+def first_derivative_only() -> None:
+    """Refuse a second derivative, which would be wrong: the backward passes below take for constant what they saved."""
+    if torch.is_grad_enabled():  # in a backward pass: create_graph=True. once_differentiable lets a sum's through
+        raise RuntimeError("target_logprobs and total_logprob have no second derivative: "
+                           "where one is needed, take logprobs(gpt(ids), targets)")
+
+
 class LogProbs(torch.autograd.Function):
     """log softmax(hidden W^T) at the targets, in blocks of the vocabulary: (M, C), (V, C), (M,) -> (M,), in fp32.
 
@@ -447,6 +454,7 @@ class LogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        first_derivative_only()
         hidden, weight, targets, logsumexp, slope = ctx.saved_tensors
         grad_hidden, grad_weight = (grad[:, None] * slope).to(hidden.dtype), None
         if ctx.needs_input_grad[1]:
@@ -514,6 +522,7 @@ class TotalLogProb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        first_derivative_only()
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad * grad_hidden, grad * grad_weight, None
 
@@ -755,6 +764,8 @@ def size_of(spec: str) -> str:
 def check_model(spec: str) -> None:
     """Refuse a `--model` that can be seen to be none, with the reason and the next command; asks no network."""
     folder = Path(spec)
+    if (folder / "config.json").is_file():
+        read_config(folder)
     if (folder / "config.json").is_file() or spec == "sample" or (size_of(spec) and not folder.is_dir()):
         return
     if (folder / "adapter_config.json").is_file():
@@ -773,6 +784,8 @@ def check_model(spec: str) -> None:
 def read_model(folder: Path) -> GPT:
     """The model of a folder in transformers' format, in fp32."""
     config, weights = read_config(folder), read_weights(folder)
+    if config.n_layer > len(weights):
+        raise ValueError(f"{folder / 'config.json'} asks for {config.n_layer:,} layers, of which there are no weights")
     with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
         gpt = GPT(config)
     gpt.load_state_dict(_from_transformers(weights, gpt, folder), assign=True)
@@ -780,16 +793,28 @@ def read_model(folder: Path) -> GPT:
 
 
 def write_model(gpt: GPT, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        strangers = sorted(weights.keys() ^ GPT(gpt.config).state_dict().keys())
+    if strangers:
+        remedy = "fold its adapters in first: lora.merge(gpt), or save_pretrained(folder, lora.merged_weights(gpt))"
+        raise ValueError(f"'{strangers[0]}' is not as in a GPT-2, and other tools would begin it at random: "
+                         + (remedy if ".lora_" in " ".join(strangers) else "save the model that this one was made of"))
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"transformer.{name}": (w.t() if _is_conv1d(name) else w).to("cpu", dtype).contiguous()
                for name, w in weights.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    temporary = folder / ".model.safetensors.tmp"
+    try:
+        save_file(weights, temporary, metadata={"format": "pt"})
+        (folder / "config.json").unlink(missing_ok=True)  # by which a folder opens: new weights never meet an old one
+        os.replace(temporary, folder / "model.safetensors")
+    finally:
+        temporary.unlink(missing_ok=True)
     about = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
              **asdict(gpt.config), "n_ctx": gpt.config.n_positions, "n_inner": None, "tie_word_embeddings": True,
              "bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "dtype": str(dtype).removeprefix("torch.")}
     generation = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT}
-    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> GPTConfig:
@@ -800,7 +825,7 @@ def read_config(folder: Path) -> GPTConfig:
             raise TypeError("it holds no settings")
         config = GPTConfig(**{k: about[k] for k in GPTConfig.__dataclass_fields__ if k in about})
         for key, value in asdict(config).items():
-            if type(value) is not type(getattr(GPTConfig, key)) or not 0 < value < 2**31:
+            if type(value) is not type(getattr(GPTConfig, key)) or not 0 < value < 2**24:
                 raise ValueError(f"{key} is {value!r}")
     except (ValueError, TypeError, RecursionError) as error:
         reason = _pointer(path) or error
@@ -819,7 +844,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if index.is_file() and not (folder / names[0]).is_file():  # transformers too takes the single file first
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError(f"{index} is damaged: it has no weight_map from weights to files") from None
     weights: dict[str, Tensor] = {}
     for name in names:
@@ -861,7 +886,8 @@ def _from_transformers(weights: dict[str, Tensor], gpt: GPT, source: Path) -> di
         if w.shape != want.shape:
             raise ValueError(f"{source}: weight '{name}' has shape {tuple(weights[name].shape)}, "
                              f"config.json asks for {tuple(want.t().shape if _is_conv1d(name) else want.shape)}")
-        own[name] = w.float().contiguous()
+        # a copy: load_file maps the file, and what is written over it later must not reach the model
+        own[name] = w.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         if not all(map(math.isfinite, own[name].aminmax())):
             raise ValueError(f"{source}: weight '{name}' has numbers that are not finite: this model is of no use.\n"
                              "Take the one it was made from, or an earlier copy of it")
@@ -916,6 +942,8 @@ def _from_hub(name: str) -> Path:
 def pick_device(wanted: str = "auto") -> torch.device:
     if wanted != "auto":
         try:
+            if torch.device(wanted).type not in ("cuda", "mps", "cpu"):
+                raise RuntimeError("wanted: cuda, mps or cpu")
             torch.empty(0, device=wanted)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {wanted} cannot be used here: {str(error).splitlines()[0]}") from None

@@ -552,3 +552,17 @@ def test_adapters_are_not_loaded_over_adapters(folder):
     with pytest.raises(ValueError, match="already"):
         load_adapters(gpt, folder)
     assert torch.equal(gpt(TOKENS), before)
+
+
+def test_a_model_is_not_saved_with_its_adapters_in_it(tmp_path):
+    """transformers would open the folder with new random layers; the two ways out are named, and lead out."""
+    gpt = adapted_gpt()
+    before = gpt(TOKENS)
+    with pytest.raises(ValueError, match=r"lora\.merge\(gpt\), or .*\(folder, lora\.merged_weights\(gpt\)\)"):
+        gpt.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    gpt.save_pretrained(tmp_path / "weights", merged_weights(gpt))
+    merge(gpt)
+    gpt.save_pretrained(tmp_path / "merged")
+    for folder in ("weights", "merged"):
+        assert (GPT.from_pretrained(tmp_path / folder)(TOKENS) - before).abs().max() < 1e-4

@@ -427,6 +427,26 @@ def test_where_all_rows_differ_none_are_shared():
     assert gpt.lm_head is None
 
 
+def test_rows_are_equal_when_they_are_and_not_when_a_sum_of_them_is():
+    """At a width of 2, (sin 2, 0) and (0, sin 1) have the same sum of products with (sin 1, sin 2)."""
+    gpt = random_gpt(replace(SMALL, n_embd=2, n_head=1))
+    first, second = torch.linspace(1, 2, 2).sin().double().tolist()
+    with torch.no_grad():
+        gpt.wte.weight.copy_(torch.tensor([[second, 0.0], [0.0, first]] * 30 + [[1.0, 2.0]]))
+    before = gpt(ids_of(2, 5))
+    share_equal_rows(gpt)
+    close(gpt(ids_of(2, 5)), before)
+
+
+@pytest.mark.parametrize("log_probs", [LogProbs, TotalLogProb])
+def test_a_second_derivative_is_refused_and_not_wrong(log_probs):
+    hidden, weight = (torch.randn(n, 8, dtype=torch.double, requires_grad=True) for n in (5, 61))
+    total = log_probs.apply(hidden.tanh(), weight, ids_of(5)).sum()
+    with pytest.raises(RuntimeError, match=r"no second derivative: .* logprobs"):
+        torch.autograd.grad(total, hidden, create_graph=True)
+    assert torch.autograd.grad(total, hidden)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("vocabulary", [4095, 4096, 4097, 9000])
 def test_more_tokens_than_a_block(vocabulary):
     torch.manual_seed(0)
@@ -956,6 +976,45 @@ def test_other_weights_can_be_saved_in_a_models_place(tmp_path):
     close(logits_of(tmp_path), other(ids_of(2, 32)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_in_memory_is_what_was_read_whatever_becomes_of_its_file(copy, dtype):
+    edit_weights(copy, lambda weights: {name: w.to(dtype) for name, w in weights.items()})
+    gpt = GPT.from_pretrained(copy)
+    before = {name: w.clone() for name, w in gpt.state_dict().items()}
+    file = copy / "model.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+    assert all(torch.equal(w, before[name]) for name, w in gpt.state_dict().items())
+
+
+def test_what_is_no_gpt2_is_not_saved_as_one(tmp_path):
+    """transformers would open it, and begin at random what it misses."""
+    gpt = random_gpt().float()
+    model.quantise(gpt)
+    with pytest.raises(ValueError, match=r"'h\.0\.attn\.c_attn\.int8' is not as in a GPT-2.*save the model"):
+        gpt.save_pretrained(tmp_path / "new")
+    with pytest.raises(ValueError, match=r"'wpe\.weight' is not as in a GPT-2"):
+        gpt.save_pretrained(tmp_path / "new", {n: w for n, w in random_gpt().state_dict().items() if n != "wpe.weight"})
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_save_that_is_cut_short_mixes_no_two_models(copy, small_folder, monkeypatch):
+    """The disk is full: the old one stands. Killed in between: neither opens."""
+    other = GPT(replace(SMALL, n_head=SMALL.n_head * 2))  # of the same shapes
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "save_file", mock.Mock(side_effect=OSError("no space")))
+        with pytest.raises(OSError, match="no space"):
+            other.save_pretrained(copy)
+    assert torch.equal(logits_of(copy), logits_of(small_folder))
+    for cut in (mock.patch("os.replace", side_effect=KeyError), mock.patch("json.dumps", side_effect=KeyError)):
+        with cut, pytest.raises(KeyError):
+            other.save_pretrained(copy)
+        with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+            GPT.from_pretrained(copy)
+    assert {path.suffix for path in copy.iterdir()} <= {".json", ".safetensors"}
+    other.save_pretrained(copy)
+    assert GPT.from_pretrained(copy).config == other.config
+
+
 def test_the_layer_norms_epsilon_is_read(copy, small_folder):
     edit_config(copy, layer_norm_epsilon=0.5)
     assert (logits_of(copy) - logits_of(small_folder)).abs().max() > 0.01
@@ -1017,6 +1076,12 @@ def test_weights_that_are_not_a_gpt2s_are_refused(copy, change, message):
     ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon is 'small'"),
     ({"n_head": 3}, "n_embd 16 is not a multiple of n_head 3"),
     ({"n_layer": 3}, r"no weight 'h\.2\."),
+    ({"n_layer": 1_000_000}, "asks for 1,000,000 layers"),
+    ({"n_layer": 10**9}, "n_layer is 1000000000"),
+    ({"n_embd": 2**31 - 2}, "n_embd is 2147483646"),
+    ({"n_embd": 2**23}, r"'wte\.weight' has shape \(61, 16\).*8388608"),
+    ({"layer_norm_epsilon": math.nan}, "layer_norm_epsilon is nan"),
+    ({"layer_norm_epsilon": math.inf}, "layer_norm_epsilon is inf"),
     ({"n_positions": 64}, r"'wpe\.weight' has shape \(32, 16\).*\(64, 16\)"),
 ])
 def test_a_configuration_that_is_not_a_gpt2s_is_refused(copy, settings, message):
@@ -1031,7 +1096,7 @@ def test_an_inner_width_of_four_times_the_width_may_be_spelt_out(copy, small_fol
     assert torch.equal(logits_of(copy), logits_of(small_folder))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"gpt2"', "\x00\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"gpt2"', "\x00\xff", '{"a":' * 100_000])
 def test_a_damaged_configuration_is_refused(copy, text):
     (copy / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"config\.json is not a model's configuration"):
@@ -1047,7 +1112,7 @@ def test_damaged_weights_are_refused(copy, damage):
         GPT.from_pretrained(copy)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', "[" * 100_000])
 def test_a_damaged_index_is_refused(copy, text):
     (copy / "model.safetensors").unlink()
     (copy / "model.safetensors.index.json").write_text(text)
@@ -1112,6 +1177,13 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch, tmp_path):
         GPT.from_pretrained("gpt2-xl")
     assert "--model sample" in str(error.value)
     assert len(str(error.value).splitlines()) <= 5
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu-2", "xpu", "vulkan"])
+def test_a_device_that_computes_nothing_is_refused(device):
+    with pytest.raises(ValueError, match=f"--device {device} cannot be used here") as error:
+        model.pick_device(device)
+    assert len(str(error.value).splitlines()) == 1
 
 
 # ---- on a GPU that is not there ------------------------------------------------------------------
