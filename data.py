@@ -17,6 +17,7 @@ import codecs
 import contextlib
 import dataclasses
 import difflib
+import errno
 import gzip
 import hashlib
 import heapq
@@ -568,6 +569,12 @@ class Reading:
     bad_rows: Literal["error", "skip"] = "error"  # what a malformed row of a data file does
     language: str = "en"  # which of OASST's
 
+    def limits(self) -> dict[str, tuple[bool, str]]:
+        """{setting: (whether it makes sense, what does)}"""
+        return bounds(self, ("1 or more", ("context",), lambda value: value >= 1),
+                      ("0 or more and below 1", ("val_fraction",), lambda value: 0 <= value < 1),
+                      ("0 or more and below 2^63", ("seed",), lambda value: 0 <= value < 2**63))
+
 
 @dataclass
 class Data:
@@ -611,8 +618,7 @@ def load_pairs(specs: Sequence[str], reading: Reading | None = None) -> Data:
 
 def _load(specs: Sequence[str], what: str, build: Callable, reading: Reading) -> Data:
     """The rows of these SPECs, as they were kept or read anew."""
-    if not 0 <= reading.val_fraction < 1:
-        raise ValueError(f"val_fraction is {reading.val_fraction}, wanted at least 0 and less than 1")
+    check_limits(reading)
     specs = [specs] if isinstance(specs, str) else list(specs)
     with kept_rows(specs, what, reading) as (found, keep):
         if found is None:
@@ -660,10 +666,7 @@ def candidates(spec: str, what: str, count: Count,
     Each with the ids of its texts (encoded in bulk), the side of its tree, and how often it is taken.
     """
     name, path, weight = parse_spec(spec)
-    reader = getattr(DATA_SETS[name], what)
-    if reader is None:
-        able = ", ".join(n for n, data_set in DATA_SETS.items() if getattr(data_set, what) and n != "jsonl")
-        raise ValueError(f"{name} holds no {what}\nThese do: {able}, or your own PATH.jsonl")
+    reader = reader_of(name, what)
     found = iter(reader(open_spec(name, path, count.notes), count, reading.language))
     while chunk := list(islice(found, 4096)):      # bounded, for a data set may have a million
         copies = [int(weight) + (luck(reading.seed, c.content) < weight % 1) for c in chunk]
@@ -1505,26 +1508,51 @@ def parse_spec(spec: str) -> tuple[str, Path | None, float]:
     return "jsonl", Path(source), weight
 
 
+def check_specs(specs: Sequence[str], what: str) -> None:
+    """Refuse SPECs that can be seen to hold no conversations (or preferences); reads no row and asks no network."""
+    if not specs:
+        raise ValueError("--data names no data set")
+    for name, path, _ in map(parse_spec, specs):
+        reader_of(name, what)
+        find_rows(name, path)
+
+
+def reader_of(name: str, what: str) -> Reader:
+    reader = getattr(DATA_SETS[name], what)
+    if reader is None:
+        able = ", ".join(n for n, data_set in DATA_SETS.items() if getattr(data_set, what) and n != "jsonl")
+        raise ValueError(f"{name} holds no {what}\nThese do: {able}, or your own PATH.jsonl")
+    return reader
+
+
 def open_spec(name: str, path: Path | None, notes: Counter | None = None) -> Iterator[FileRow]:
     """The rows of a data set, from wherever it is; which of several splits they are is noted."""
-    data_set, split, folder, file = DATA_SETS[name], "", False, False
+    (path, split), data_set, notes = find_rows(name, path), DATA_SETS[name], Counter() if notes is None else notes
+    if path is None:
+        return hub_rows(name, data_set, split, notes)
+    if path.is_dir() or path.suffix in TABLES:
+        return folder_rows(path, data_set, split, notes)
+    return watched(file_rows(path), f"reading {visible(str(path))[:200]}", size_unpacked(path),
+                   lambda row: len(row[1]) if isinstance(row[1], bytes) else 0)
+
+
+def find_rows(name: str, path: Path | None) -> tuple[Path | None, str]:
+    """The file or folder of a data set, None if that is the Hub's, and the split that is asked for."""
+    split, folder, file = "", False, False
     with suppress(OSError, ValueError):     # a name that no file can have
         if path and "#" in path.name and not path.exists():
             whole, _, split = str(path).rpartition("#")
             path = Path(whole) if whole else None
-    path, notes = path or data_set.file, Counter() if notes is None else notes
+    path = path or DATA_SETS[name].file
     if path is None:
-        return hub_rows(name, data_set, split, notes)
+        return None, split
     shown = visible(str(path))[:200]
     with suppress(OSError, ValueError):
         folder, file = path.is_dir() and path != Path(), path.is_file()
-    if folder or (file and path.suffix in TABLES):
-        return folder_rows(path, data_set, split, notes)
-    if file and split:
+    if file and split and path.suffix not in TABLES:
         raise ValueError(f"{shown} is a file and has no splits, so #{visible(split)[:80]} means nothing")
-    if file:
-        return watched(file_rows(path), f"reading {shown}", size_unpacked(path),
-                       lambda row: len(row[1]) if isinstance(row[1], bytes) else 0)
+    if folder or file:
+        return path, split
     if name == "jsonl":
         close = difflib.get_close_matches(str(path), DATA_SETS, n=1)
         known = ", ".join(n for n in DATA_SETS if n != "jsonl")
@@ -2008,7 +2036,7 @@ def transcript(messages: Conversation, width: int = 88) -> str:
         lines = visible(message["content"].strip()).split("\n")
         wrapped = [textwrap.fill(line, width, replace_whitespace=False, drop_whitespace=True, break_long_words=False,
                                  break_on_hyphens=False) if len(line) > width else line for line in lines]
-        shown.append(f"========== {message['role']} ==========\n" + "\n".join(wrapped) + "\n")
+        shown.append(f"========== {visible(message['role'])} ==========\n" + "\n".join(wrapped) + "\n")
     return "\n".join(shown)
 
 
@@ -2067,14 +2095,40 @@ def write_file(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; ValueError if that is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
 def sync(path: Path) -> None:
     """Have the disk take what was written: of a file its content, of a folder the names in it."""
     if path.is_file() or os.name == "posix":  # Windows syncs no folders
         handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:  # nor do some file systems; what failed is another matter
+            if path.is_file() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+                raise
         finally:
             os.close(handle)
+
+
+def add_lines(path: Path, text: str) -> None:
+    """Add whole lines to a file, or leave it as it was."""
+    with open(path, "a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        lines = (b"" if file.read(1) in (b"", b"\n") else b"\n") + text.encode()
+        try:
+            if file.write(lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def remove(path: Path) -> None:
@@ -2090,6 +2144,18 @@ def remove(path: Path) -> None:
 def option(setting: str) -> str:
     """The flag of a setting, as one types it."""
     return "--" + setting.replace("_", "-")
+
+
+def bounds(settings, *table: tuple[str, tuple[str, ...], Callable]) -> dict[str, tuple[bool, str]]:
+    """{setting: (whether it makes sense, what does)} of a table of (what does, settings, whether a value does)."""
+    return {name: (allowed(getattr(settings, name)), wanted) for wanted, names, allowed in table for name in names}
+
+
+def check_limits(settings) -> None:
+    """Refuse settings that make no sense, before anything is done with them."""
+    for name, (fine, wanted) in settings.limits().items():
+        if not fine:
+            raise ValueError(f"{option(name)} is {getattr(settings, name)}; it has to be {wanted}")
 
 
 @dataclass
@@ -2124,7 +2190,7 @@ def command_line(config: type, presets: dict[str, dict] | None = None, args: lis
 
 def _saved_config(path: str, config: type) -> dict:
     try:
-        saved = dict(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
+        saved = dict(read_json(Path(path))["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--config {path} is not the run.json of a run ({type(error).__name__}: {error})") from None
     if strangers := sorted(set(saved) - {f.name for f in dataclasses.fields(config)}):

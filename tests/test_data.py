@@ -1,7 +1,10 @@
 """The laws of data.py: the template and its mask, every reader and every reason to drop a row, shortening, splitting,
 packing, checks, and that nothing a file can hold makes it stumble."""
 
+import builtins
+import errno
 import gzip
+import io
 import json
 import os
 import random
@@ -1233,6 +1236,72 @@ def test_order_is_a_pure_function():
     assert order(1000, 1000, 0)(0).tolist() != order(1000, 1000, 1)(0).tolist() != list(range(1000))
     one = order([pair([1], [2], [3])] * 1000, 1000, 0)     # a family is shuffled too, and anew in each epoch
     assert one(0).tolist() != one(1).tolist() != list(range(1000))
+
+
+# ---- what is looked at before, and files written whole -------------------------------------------
+
+
+def test_specs_are_looked_at_without_a_row_read(tmp_path, monkeypatch):
+    own = write(tmp_path / "chats.jsonl", [b"nonsense"])
+    monkeypatch.setattr(data, "file_rows", lambda path: pytest.fail("it reads"))
+    monkeypatch.setattr(data, "hub_rows", lambda *_: pytest.fail("it asks the Hub"))
+    data.check_specs([own, f"oasst1:{own}@0.5", "smoltalk", str(tmp_path), "sample"], "conversations")
+    for spec, what, says in (("nowhere.jsonl", "conversations", "nowhere"), ("hh-rlhf", "conversations", "holds no"),
+                             ("smoltalk", "preferences", "holds no"), ("oasst1:nowhere", "preferences", "no file"),
+                             ("sample@0", "preferences", "weight")):
+        with pytest.raises((ValueError, FileNotFoundError), match=says):
+            data.check_specs([own, spec], what)
+    with pytest.raises(ValueError, match="names no data set"):
+        data.check_specs([], "conversations")
+
+
+@pytest.mark.parametrize("setting", [{"seed": -1}, {"seed": 2**64}, {"context": 0}, {"val_fraction": -0.1},
+                                     {"val_fraction": 1.0}, {"val_fraction": float("nan")}])
+def test_settings_that_make_no_sense_are_refused_where_data_is_read(setting):
+    [name] = setting
+    with pytest.raises(ValueError, match=rf"{data.option(name)} is .*; it has to be "):
+        data.load_rows(["sample"], data.Reading(**setting))
+
+
+def test_a_file_system_that_syncs_no_folders_is_taken_as_it_is(tmp_path, monkeypatch):
+    fsync, kinds = os.fsync, []
+
+    def fails_with(number):
+        def fail(handle):
+            kinds.append(os.path.isdir(f"/proc/self/fd/{handle}"))
+            if kinds[-1]:
+                raise OSError(number, os.strerror(number))
+            fsync(handle)
+        monkeypatch.setattr(os, "fsync", fail)
+
+    for number in (errno.EINVAL, errno.ENOTSUP):
+        fails_with(number)
+        data.write_file(tmp_path / "a", str(number))
+        assert (tmp_path / "a").read_text() == str(number)
+    assert kinds == [False, True] * 2
+    fails_with(errno.EIO)  # which is another matter
+    with pytest.raises(OSError, match="Input/output"):
+        data.write_file(tmp_path / "a", "more")
+
+
+def test_lines_are_added_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "lines"
+    for text, wanted in (("a\n", "a\n"), ("é\n", "a\né\n")):
+        data.add_lines(path, text)
+        assert path.read_text(encoding="utf-8") == wanted
+    path.write_text("no end")
+    data.add_lines(path, "b\n")
+    assert path.read_text() == "no end\nb\n"
+
+    class Half(io.FileIO):
+        def write(self, content):
+            return super().write(content[:len(content) // 2])
+
+    monkeypatch.setattr(builtins, "open", lambda name, mode, buffering: Half(name, mode))
+    with pytest.raises(OSError, match="No space"):
+        data.add_lines(path, "long enough\n")
+    monkeypatch.undo()
+    assert path.read_text() == "no end\nb\n"
 
 
 # ---- hostile input -------------------------------------------------------------------------------
