@@ -81,7 +81,8 @@ def check(cfg: Config) -> None:
     for name, (low, high) in SETTINGS.items():
         value = getattr(cfg, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"{name} is {value}; it has to be {low}{f' to {high}' if high < 2**62 else ' or more'}")
+            upwards = f" to {high}" if high < 2**62 else " or more" + ", and at most 2^62" * (high == 2**62)
+            raise ValueError(f"{name} is {value}; it has to be {low}{upwards}")
     if cfg.blind and (len(set(cfg.blind)) != 2 or cfg.model or cfg.compare):
         raise ValueError("--blind takes two models and stands for --model: --blind runs/sft runs/dpo")
     if cfg.prompts and not cfg.blind:

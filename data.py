@@ -2116,21 +2116,6 @@ def sync(path: Path) -> None:
             os.close(handle)
 
 
-def add_lines(path: Path, text: str) -> None:
-    """Add whole lines to a file, or leave it as it was."""
-    with open(path, "a+b", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        lines = (b"" if file.read(1) in (b"", b"\n") else b"\n") + text.encode()
-        try:
-            if file.write(lines) < len(lines):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(size)
-            raise
-
-
 def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

@@ -2,6 +2,19 @@
 
 import os
 
+import pytest
+
+try:
+    import pexpect
+except ImportError:  # of pty, on Windows; or it is not installed
+    pexpect = None
+
+
+def need_pexpect() -> None:
+    """Skip what needs a pseudo-terminal where there is none, and nothing else."""
+    if not pexpect:
+        pytest.skip("pseudo-terminals need pexpect, and Unix")
+
 
 def environment(**more: str) -> dict[str, str]:
     """This process's environment without its own terminal and language, for a terminal of 256 colours."""

@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 import terminals
 from readback import messages_of
+from terminals import pexpect
 
 import chat
 import data
 
-pexpect = pytest.importorskip("pexpect", reason="pseudo-terminals need Unix")
 ROOT = Path(__file__).parent.parent
 NUMBERS = " one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
 HOSTILE = " red \x1b[31m bell \x07 turned \u202e smile \U0001f600 wide 漢字漢字 tab\there line\nnext\r end"
@@ -112,6 +112,7 @@ class Terminal:
     def __init__(self, folder: Path, *args: str, columns: int = 80, prompt: str = PROMPT, **env: str):
         self.folder, self.prompt, self.raw = folder, prompt, ""
         self.said: set[str] = set()  # commands, so that what they changed can be set back
+        terminals.need_pexpect()
         self.child = pexpect.spawn(CHAT[0], [*CHAT[1:], *args], cwd=folder, env=environment(folder, **env), timeout=60,
                                    dimensions=(24, columns), encoding="utf-8", codec_errors="replace")
         self.child.delaybeforesend = None
@@ -394,9 +395,79 @@ def test_a_kept_cache_changes_nothing_but_the_work(folder):
         messages.append({"role": "assistant", "content": kept})
 
 
+def session(folder, monkeypatch, *lines, **settings):
+    """A conversation without a terminal, after these lines."""
+    monkeypatch.chdir(folder)
+    cfg = {"temperature": 1.0, "min_p": 0.0, "max_new_tokens": 8, "seed": 7} | settings
+    talk = chat.Session(chat.Config(**cfg), chat.Screen(), ["random"])
+    for line in lines:
+        talk.handle(line)
+    return talk
+
+
+def said(talk, *lines):
+    """What is answered to the last of these lines."""
+    for line in lines:
+        talk.handle(line)
+    return talk.chats[0].messages[-1]["content"]
+
+
+def test_the_same_seed_and_messages_give_the_same_reply_whatever_happened_before(folder, monkeypatch, tmp_path):
+    talk = session(folder, monkeypatch, "Hello", "More")
+    first, second = (m["content"] for m in talk.chats[0].messages[1::2])
+    third = said(talk, f"/save {tmp_path / 'talk.jsonl'}", "And?")
+    again = said(talk, "/retry")
+    assert len({first, second, third, again}) == 4
+    assert said(talk, "/undo", "And?") == third
+    assert said(talk, "/undo", "Something else", "/undo", "And?") == third
+    assert said(talk, "/retry") == again and said(talk, "/undo", "/undo", "More") == second
+    assert said(talk, "/undo", "/undo", "Hello") == first and said(talk, "More") == second
+    assert said(talk, f"/load {tmp_path / 'talk.jsonl'}", "And?") == third
+    assert said(session(folder, monkeypatch, f"/load {tmp_path / 'talk.jsonl'}"), "And?") == third
+    assert said(talk, "/new", "Hello") == first
+    assert said(talk, "/set seed 8", "/new", "Hello") != first
+    assert said(talk, "/set seed 7", "/new", "Hello") == first
+
+
+@pytest.mark.parametrize("before", [b"", b"\n", b" \r\n\n", b"\xef\xbb\xbf\n"])
+def test_save_goes_into_an_empty_file_with_whatever_lines(folder, monkeypatch, tmp_path, before):
+    file = tmp_path / "chats.jsonl"
+    file.write_bytes(before)
+    talk = session(folder, monkeypatch, "Hello", f"/save {file}", f"/save {file}")
+    assert chat.read_conversations(file) == [talk.chats[0].messages] * 2
+    assert file.read_bytes().startswith(before)
+
+
+def test_a_save_that_fails_leaves_the_file_as_it_was(folder, monkeypatch, tmp_path):
+    file = tmp_path / "chats.jsonl"
+    talk = session(folder, monkeypatch, "Hello", f"/save {file}")
+    before = file.read_bytes()
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        talk.handle(f"/save {file}")
+    assert file.read_bytes() == before
+
+
+def test_somebody_without_a_home_has_no_history(monkeypatch):
+    """As in a container whose user has no entry in /etc/passwd."""
+    import pwd
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert chat.history_file() is None
+
+
 @pytest.mark.parametrize("setting", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0},
                                      {"top_p": 1.1}, {"min_p": 2}, {"repetition_penalty": 0}, {"max_new_tokens": 0},
-                                     {"seed": -1}])
+                                     {"seed": -1}, {"seed": 2**64}, {"temperature": float("inf")}])
 def test_senseless_settings_are_refused(setting):
     with pytest.raises(ValueError, match=f"{next(iter(setting))} is"):
         chat.check(chat.Config(**setting))

@@ -1,10 +1,8 @@
 """The laws of data.py: the template and its mask, every reader and every reason to drop a row, shortening, splitting,
 packing, checks, and that nothing a file can hold makes it stumble."""
 
-import builtins
 import errno
 import gzip
-import io
 import json
 import os
 import random
@@ -1282,26 +1280,6 @@ def test_a_file_system_that_syncs_no_folders_is_taken_as_it_is(tmp_path, monkeyp
     fails_with(errno.EIO)  # which is another matter
     with pytest.raises(OSError, match="Input/output"):
         data.write_file(tmp_path / "a", "more")
-
-
-def test_lines_are_added_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "lines"
-    for text, wanted in (("a\n", "a\n"), ("é\n", "a\né\n")):
-        data.add_lines(path, text)
-        assert path.read_text(encoding="utf-8") == wanted
-    path.write_text("no end")
-    data.add_lines(path, "b\n")
-    assert path.read_text() == "no end\nb\n"
-
-    class Half(io.FileIO):
-        def write(self, content):
-            return super().write(content[:len(content) // 2])
-
-    monkeypatch.setattr(builtins, "open", lambda name, mode, buffering: Half(name, mode))
-    with pytest.raises(OSError, match="No space"):
-        data.add_lines(path, "long enough\n")
-    monkeypatch.undo()
-    assert path.read_text() == "no end\nb\n"
 
 
 # ---- hostile input -------------------------------------------------------------------------------

@@ -10,11 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyte
 import pytest
-
-pexpect = pytest.importorskip("pexpect", reason="pseudo-terminals need Unix")
-import pyte  # noqa: E402
-from terminals import environment  # noqa: E402
+from terminals import environment, need_pexpect, pexpect
 
 ROOT = Path(__file__).parents[1]
 COLOURS = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|38|9[0-7])(?:;\d+)*m")
@@ -27,6 +25,7 @@ class Terminal:
     """A script in a terminal of so many rows that nothing scrolls away; `raw` has every byte that came."""
 
     def __init__(self, *command: str, columns: int = 80, rows: int = 200, cwd: Path, **env: str):
+        need_pexpect()
         self.raw = ""
         self.screen = pyte.Screen(columns, rows)
         self.stream = pyte.Stream(self.screen)
