@@ -41,7 +41,17 @@ sys.path.insert(0, str(HERE.parent))
 
 import data  # noqa: E402 - the project's scripts lie beside this folder
 from data import lazy, run_script  # noqa: E402
-from train import Run, Settings, begin, step_batches, train, validation_batches, weights_sha256  # noqa: E402
+from train import (  # noqa: E402
+    REPLACED,
+    Run,
+    Settings,
+    begin,
+    discard,
+    step_batches,
+    train,
+    validation_batches,
+    weights_sha256,
+)
 
 torch = lazy("torch")
 model = lazy("model")
@@ -75,6 +85,30 @@ class Config(Settings):
 
     data: ClassVar[tuple[str, ...]] = ("documents",)
     row_name: ClassVar[str] = "rows"
+
+    def limits(self) -> dict[str, tuple[bool, str]]:
+        def divides(value: int) -> bool:
+            return value > 0 and value % max(1, self.n_head) == 0
+
+        return super().limits() | data.bounds(
+            self, ("1 or more", ("trees", "questions", "occupations", "n_layer", "n_head"), lambda value: value >= 1),
+            ("0 or more", ("show",), lambda value: value >= 0), ("a multiple of --n-head", ("n_embd",), divides),
+            ("from 2 to 1024", ("row",), range(2, 1025).__contains__))
+
+    def look(self) -> None:
+        """Refuse what can be seen to fail; among this, somebody else's files that have the names of this script's."""
+        data.check_limits(self)
+        others = [path for path in Path(self.to, "model").glob("*")
+                  if path.name not in ("config.json", "generation_config.json", "model.safetensors")]
+        for name in ("conversations.jsonl.gz", "checks.jsonl"):
+            path = Path(self.to, name)
+            first = next((row for _, _, row in data.file_rows(path)), None) if path.is_file() else {"subject": ""}
+            known = isinstance(first, dict) and (str(first.get("message_tree_id")).startswith("sample-")
+                                                 or ("subject" in first and "messages" not in first))
+            others += [] if known else [path]
+        if others:
+            raise ValueError(f"--to {self.to}: {others[0]} is none that this script wrote, so all is left alone.\n"
+                             "Give another folder: --to")
 
 
 QUICK = {"to": "runs/quick", "out": "runs/quick/base", "trees": 60, "questions": 5, "occupations": 12, "n_layer": 2,
@@ -405,7 +439,8 @@ def checks(world: list[dict], phrases: dict, rng: random.Random, count: int) -> 
 def write_lines(path: Path, objects) -> None:
     """JSONL, zipped if the name says so; the same bytes every time."""
     text = "".join(json.dumps(o) + "\n" for o in objects)
-    path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
+    with data.written_whole(path) as temporary:
+        temporary.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
 
 
 # ---- pre-training --------------------------------------------------------------------------------
@@ -473,6 +508,7 @@ def pretrain(world: list[dict], phrases: dict, cfg: Config) -> None:
         loss = partial(documents_loss, unused=data.EOT + 1 - len(vocabulary))
         train(gpt, loss, step_batches(rows, cfg, run), validation_batches(rows, cfg, run), cfg, run)
         with_all_words(gpt.cpu(), vocabulary).save_pretrained(Path(cfg.to) / "model", dtype=torch.float16)
+        discard(run.folder / REPLACED)
         run.say(f"{cfg.to}/model: {len(vocabulary):,} of GPT-2's words occur. Next: uv run sft.py")
 
 
@@ -482,6 +518,7 @@ def main(cfg: Config) -> None:
     if cfg.quick:
         not_given = [name for name in QUICK if getattr(cfg, name) == getattr(Config, name)]
         cfg = replace(cfg, **{name: QUICK[name] for name in not_given})
+    Run("documents", cfg).look() if cfg.model and not cfg.show else cfg.look()
     world, phrases = read_world()[:cfg.occupations], read_phrases()
     if cfg.show:
         return print("\n\n---\n\n".join(itertools.islice(documents(world, phrases, random.Random(cfg.seed)), cfg.show)))

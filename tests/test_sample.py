@@ -5,6 +5,8 @@ import itertools
 import json
 import random
 import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -286,6 +288,39 @@ def test_the_script_runs_in_its_quick_form(tmp_path, monkeypatch):
     assert losses[-1] < losses[0]
     assert data.load_rows([f"sample:{made / 'conversations.jsonl.gz'}"]).train
     assert data.read_checks(made / "checks.jsonl")
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+QUICK = {"quick": True, "steps": 2, "trees": 3, "questions": 1, "eval_every": 0}
+
+
+def test_what_was_made_is_made_anew_and_what_was_not_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = make.Config(**QUICK, to="made", out="base")
+    make.main(cfg)
+    before = content(tmp_path / "made")
+    refused = [{"seed": -1}, {"trees": 0}, {"n_embd": 31}, {"row": 0}, {"show": -1}, {"lr": float("inf")},
+               {"tracker": "wandb"}, {"device": "meta"}, {"n_layer": 0}]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for change in refused:
+        with pytest.raises(ValueError):
+            make.main(replace(cfg, **{"trees": 4, "overwrite": True} | change))
+        assert content(tmp_path / "made") == before, change
+    make.main(replace(cfg, trees=4, seed=1, overwrite=True))
+    assert not [name for name, text in content(tmp_path / "made").items() if "config" not in name
+                and text == before[name]]
+    assert not (tmp_path / "base" / train.REPLACED).exists()
+    for name, text in (("model/model.safetensors.index.json", "{}"), ("checks.jsonl", '{"messages": []}\n'),
+                       ("conversations.jsonl.gz", '{"message_tree_id": "mine"}\n'), ("checks.jsonl", "notes\n")):
+        folder = tmp_path / name.replace("/", " ") / str(len(text))
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(text)
+        with pytest.raises(ValueError, match=r"(?s)left alone.*--to"):
+            make.main(replace(cfg, to=str(folder), overwrite=True))
+        assert content(folder) == {name: text.encode()}
 
 
 def test_one_row_stands_for_all_words_that_do_not_occur():
