@@ -101,6 +101,31 @@ FORMATS = {
 }
 
 
+def sound(make: Callable, n: int) -> tuple[list[dict], tuple[str, str, str]]:
+    """Rows with nothing wrong in them, and what they hold: a question, a good reply and a worse one."""
+    q, good, bad = texts = f"question {n}", f"good reply {n}", f"worse reply {n}"
+
+    def node(text: str, role: str, rank: int | None, *replies: dict) -> dict:
+        return {"message_id": text, "parent_id": None, "text": text, "role": role, "lang": "en", "rank": rank,
+                "review_result": True, "deleted": False, "tree_state": "ready_for_export", "replies": list(replies)}
+
+    def rated(text: str, rating: str) -> dict:
+        aspects = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+        return {"response": text, "annotations": {aspect: {"Rating": rating} for aspect in aspects}}
+
+    whole = node(q, "prompter", None, node(good, "assistant", 0), node(bad, "assistant", 1))
+    return {
+        chat: [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": good}]}],
+        tree: [{"message_tree_id": q, "tree_state": "ready_for_export", "prompt": whole}],
+        flat: [whole | {"replies": []}, *(reply | {"parent_id": q} for reply in whole["replies"])],
+        comparison: [{"prompt": q, "chosen": good, "rejected": bad}],
+        transcripts: [{"chosen": f"\n\nHuman: {q}\n\nAssistant: {good}", "rejected":
+                       f"\n\nHuman: {q}\n\nAssistant: {bad}"}],
+        ratings: [{"instruction": q, "completions": [rated(bad, "1"), rated(good, "5")]}],
+        check: [{"messages": [{"role": "user", "content": q}], "facts": [good], "forbidden": [bad]}],
+    }[make], texts
+
+
 def row(make: Callable, rng: random.Random, value: Callable[[], object]) -> bytes:
     """One line, without its end, of which something is wrong in most cases; `value()` gives any JSON value."""
     good = make(rng)

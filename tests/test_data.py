@@ -1388,7 +1388,7 @@ def test_names_and_paths_that_lead_nowhere(tmp_path, monkeypatch):
         data.load_rows(["hh-rlhf"])
     with pytest.raises(ValueError, match="smoltalk holds no preferences"):
         data.load_pairs(["smoltalk"])
-    with pytest.raises(ValueError, match="val_fraction"):
+    with pytest.raises(ValueError, match="--val-fraction"):
         data.load_rows(["sample"], data.Reading(val_fraction=1.0))
 
 
@@ -1442,6 +1442,11 @@ def mutated_value(value, rng):
 MUTATIONS = int(os.environ.get("MUTATIONS", "2000"))     # rows a reader; MUTATIONS=10000 is the full tier
 
 
+def texts_of(row):
+    parts = (row.prompt, row.chosen, row.rejected) if isinstance(row, data.Pair) else (row.ids,)
+    return tuple(map(data.text_of, parts))
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_mutated_rows_never_make_a_reader_stumble(tmp_path, name):
     load, seeds = READERS[name]
@@ -1455,6 +1460,9 @@ def test_mutated_rows_never_make_a_reader_stumble(tmp_path, name):
     loaded = load([f"{name}:{tmp_path / 'mutated.jsonl'}"], data.Reading(bad_rows="skip", val_fraction=0.2))
     facts = loaded.report_json()
     assert facts["kept"] == len(loaded.train) + len(loaded.val) > 0
+    write(tmp_path / "seeds.jsonl", seeds)
+    sound = load([f"{name}:{tmp_path / 'seeds.jsonl'}"], data.Reading(val_fraction=0)).train
+    assert set(map(texts_of, sound)) <= set(map(texts_of, [*loaded.train, *loaded.val]))
     if not name.startswith("oasst"):        # there every row is one conversation or pair
         rows = sum(bool(line.strip(b" \t\r\n\xef\xbb\xbf")) for line in content.split(b"\n"))
         assert facts["kept"] + sum(facts["dropped"].values()) == facts["read"] == rows
