@@ -755,7 +755,8 @@ def rows_sha256(*sides: Sequence[Row | Pair]) -> str:
 
 # ---- rows that are kept --------------------------------------------------------------------------
 
-KEPT = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-chat" / "rows"
+HOME = os.path.expanduser("~")  # "~" of somebody without one, for whom nothing can be kept
+KEPT = Path(os.environ.get("XDG_CACHE_HOME") or (os.devnull if HOME == "~" else f"{HOME}/.cache"), "gpt2-chat", "rows")
 KEPT_AFTER = 5.0            # seconds of reading, from which the rows are kept for the next run
 KEPT_BYTES = 8 << 30        # of all that is kept; what was used longest ago goes first
 
