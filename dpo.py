@@ -11,6 +11,8 @@ model and reinforcement learning fall away: raise r(chosen) over r(rejected), as
 from __future__ import annotations
 
 import hashlib
+import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -72,8 +74,10 @@ class Config(Settings):
     def limits(self) -> dict[str, tuple[bool, str]]:
         return super().limits() | {
             "dropout": (self.dropout == 0, "0: DPO compares the model with itself before training"),
-            "beta": (self.beta > 0, "above 0"), "nll": (self.nll >= 0, "0 or more"),
-            "dpop_lambda": (self.dpop_lambda >= 0, "0 or more"),
+            "beta": (0 < self.beta < math.inf, "above 0 and finite"),
+            "nll": (0 <= self.nll < math.inf, "0 or more and finite"),
+            "dpop_lambda": (0 <= self.dpop_lambda < math.inf, "0 or more and finite"),
+            "simpo_margin": (math.isfinite(self.simpo_margin), "finite"),
             "label_smoothing": (0 <= self.label_smoothing < 0.5, "0 or more and below 0.5: most preferences are right")}
 
 
@@ -345,7 +349,8 @@ def read_table(path: Path) -> dict[str, torch.Tensor]:
 
     try:
         with safe_open(path, "pt") as file:
-            table = {row: file.get_tensor(row) for row in file.keys()}  # noqa: SIM118 - it is no dict
+            # copies: the file stays mapped, and what is written over it later must not reach the run
+            table = {row: file.get_tensor(row).clone() for row in file.keys()}  # noqa: SIM118 - it is no dict
             return table if file.metadata() == {"sha256": weights_sha256(table)} else {}
     except (FileNotFoundError, SafetensorError):
         return {}
@@ -363,7 +368,8 @@ def main(cfg: Config) -> dict:
         training, validation = step_batches(pairs, cfg, run), validation_batches(pairs, cfg, run)
         reference = reference_logprobs(gpt, pairs, training, validation, cfg, run) if cfg.has_reference else {}
         metrics = train(gpt, partial(dpo_loss, reference=reference, cfg=cfg), training, validation, cfg, run)
-        return finish(gpt, metrics, cfg, run, next_command=f"uv run chat.py --compare {cfg.model} {cfg.out}")
+        command = shlex.join(["uv", "run", "chat.py", "--compare", cfg.model, cfg.out])
+        return finish(gpt, metrics, cfg, run, next_command=command)
 
 
 if __name__ == "__main__":

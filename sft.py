@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -82,7 +83,8 @@ def sft_loss(gpt, batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
 
 def next_commands(cfg: Config) -> str:
     how = {"sample": "", "none": " --data PAIRS.jsonl"}.get(cfg.preset, f" --preset {cfg.preset}")
-    return f"uv run dpo.py{how} --model {cfg.out}, or uv run chat.py --model {cfg.out}"
+    model = shlex.join(["--model", cfg.out])
+    return f"uv run dpo.py{how} {model}, or uv run chat.py {model}"
 
 
 def main(cfg: Config) -> dict:

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -33,7 +34,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -92,17 +93,22 @@ class Settings(data.Reading):
     debug: bool = False  # show the traceback of an error
 
     def limits(self) -> dict[str, tuple[bool, str]]:
-        """{setting: (whether it makes sense, what does)}"""
-        return {name: (allowed(getattr(self, name)), wanted) for wanted, names, allowed in (
-            ("1 or more", ("steps", "batch_size", "context", "micro_batch_tokens", "log_every", "reply_tokens"),
-             lambda value: value >= 1),
+        return super().limits() | data.bounds(
+            self, ("1 or more", ("steps", "batch_size", "micro_batch_tokens", "log_every", "reply_tokens"),
+                   lambda value: value >= 1),
             ("2 or more", ("keep",), lambda value: value >= 2),
             ("0 or more", ("val_rows", "eval_every", "save_every", "lora_rank", "weight_decay"),
              lambda value: 0 <= value < math.inf),
-            ("above 0", ("lr", "clip"), lambda value: value > 0),
+            ("above 0 and finite", ("lr", "clip", "lora_alpha"), lambda value: 0 < value < math.inf),
             ("from 0 to 1", ("warmup", "final_lr"), lambda value: 0 <= value <= 1),
-            ("0 or more and below 1", ("val_fraction", "dropout", "lora_dropout", "beta2"),
-             lambda value: 0 <= value < 1)) for name in names}
+            ("0 or more and below 1", ("dropout", "lora_dropout", "beta2"), lambda value: 0 <= value < 1),
+            ("the ends of layers' names", ("lora_targets",), bool))
+
+    def look(self) -> None:
+        """Refuse what can be seen to fail, before anything is read, computed or written."""
+        data.check_limits(self)
+        model.check_model(self.model)
+        data.check_specs(self.data, "preferences" if self.row_name == "pairs" else "conversations")
 
 
 # Settings that may differ when a run is resumed, because the result does not depend on them.
@@ -141,6 +147,8 @@ def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch],
     def save() -> None:
         nonlocal saved
         if state.step > saved:
+            if run.seen_finite < state.step:  # the step may have broken what it was taken from
+                refuse_nan("loss", evaluate(loss, val_batches[:1] or run.last_batch, run)["loss"], state, cfg, run)
             save_checkpoint(gpt, optimizer, state, cfg, run)
             saved = state.step
 
@@ -174,11 +182,14 @@ def step(loss, optimizer, train_batches, state: State, cfg: Settings, run: Run) 
         grad.mul_(scale * min(1.0, cfg.clip / max(norm, 1e-12)))
     for group in optimizer.param_groups:
         group["lr"] = lr
+    run.updating = True
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
+    run.last_batch = batches[:1]
     state.step += 1
     state.tokens += int(totals["row_tokens"])
+    run.updating = False
     seconds = time.perf_counter() - began
     return {"step": state.step, "lr": lr, "grad_norm": norm, "tokens": state.tokens,
             "tokens_per_second": totals["row_tokens"] / seconds,
@@ -214,10 +225,8 @@ def measure(gpt: model.GPT, loss, val_batches: list[data.Batch], state: State, l
     due = state.step in (0, cfg.steps) or (cfg.eval_every and state.step % cfg.eval_every == 0)
     found = evaluate(loss, val_batches, run) if due else {}
     measured = {f"val_{name}": value for name, value in found.items()}
-    if not math.isfinite(measured.get("val_loss", 0.0)):
-        raise FloatingPointError(
-            f"the validation loss after step {state.step} is {measured['val_loss']:g}.\n"
-            + (advice(cfg) if state.step else f"The weights of {cfg.model} are not fit to train from."))
+    if found:
+        refuse_nan("validation loss", found["loss"], state, cfg, run)
     if state.step == 0:
         run.note(before=run.about["before"] | measured)
         run.say(f"before the first step: {summary(measured) or 'no validation rows'}")
@@ -240,9 +249,10 @@ def evaluate(loss, batches: list[data.Batch], run: Run) -> dict[str, float]:
     sums, loss = Sums(), getattr(loss, "module", loss)  # DDP has nothing to synchronise here
     loss.eval()
     with torch.no_grad(), run.autocast():
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            if i:
+                run.stop_point(together=False)
             sums.add(*loss(to_device(batch, run.device)))
-            run.stop_point(together=False)
     loss.train()
     return means(sums.totals(run))
 
@@ -276,7 +286,11 @@ def make_optimizer(gpt: model.GPT, cfg: Settings) -> torch.optim.AdamW:
     params = [p for p in gpt.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    for p in params:  # its moments, now: made in the first step, they could run out of memory in the midst of it
+        optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)} | {
+            moment: torch.zeros_like(p) for moment in ("exp_avg", "exp_avg_sq")}
+    return optimizer
 
 
 def learning_rate(step: int, cfg: Settings) -> float:
@@ -366,6 +380,9 @@ def to_device(batch: data.Batch, device: torch.device) -> data.Batch:
 # ---- when a step cannot be taken -----------------------------------------------------------------
 
 
+AGAIN = "run the same command again (without --overwrite)"
+
+
 def with_less_memory(accumulate, loss, optimizer, train_batches, state: State, cfg: Settings, run: Run):
     """accumulate(...); where memory runs out in the first steps, with half the micro-batches and the same gradient."""
     while True:
@@ -378,7 +395,7 @@ def with_less_memory(accumulate, loss, optimizer, train_batches, state: State, c
             if state.step >= 3 or run.world > 1 or state.budget <= 128:
                 raise MemoryError(
                     f"out of memory in step {state.step + 1} with micro-batches of {state.budget} tokens.\n"
-                    "If another program took it, run the same command again: it goes on from the last checkpoint.\n"
+                    f"If another program took it, {AGAIN}: it goes on from the last checkpoint.\n"
                     f"Else --overwrite and --micro-batch-tokens {state.budget // 2}, --recompute, --lora-rank 8 or "
                     "--model.") from None
             state.budget //= 2
@@ -394,6 +411,15 @@ def not_finite(batches: list[data.Batch], totals: dict, norm: float, lr: float, 
         "The step was not taken and nothing of it was saved.\n" + advice(cfg, rows[0] if rows else None))
 
 
+def refuse_nan(what: str, value: float, state: State, cfg: Settings, run: Run) -> None:
+    """Note that the model computes numbers after this step; raises FloatingPointError if it does not."""
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the {what} after step {state.step} is {value:g}.\n" + (
+            f"That step is not saved.\n{advice(cfg)}" if state.step
+            else f"The weights of {cfg.model} are not fit to train from."))
+    run.seen_finite = state.step
+
+
 def advice(cfg: Settings, row: int | None = None) -> str:
     return (f"Try a lower rate: --lr {cfg.lr / 3:.1e} --overwrite\n"
             f"or look at the data: {look_at(cfg, row)}")
@@ -401,7 +427,7 @@ def advice(cfg: Settings, row: int | None = None) -> str:
 
 def look_at(cfg: Settings, row: int | None = None) -> str:
     """The command that shows what the data of a run becomes, or one row of it."""
-    changed = [f"{option(f.name)} {getattr(cfg, f.name)}" for f in dataclasses.fields(data.Reading)
+    changed = [f"{option(f.name)} {shlex.quote(str(getattr(cfg, f.name)))}" for f in dataclasses.fields(data.Reading)
                if getattr(cfg, f.name) != f.default]
     changed += [f"--row {row}"] * (row is not None)
     return " ".join(["uv run data.py", shlex.join(cfg.data), *["--pairs"] * (cfg.row_name == "pairs"), *changed])
@@ -420,15 +446,20 @@ class Run:
 
     def __init__(self, stage: str, cfg: Settings):
         self.stage, self.cfg, self.folder = stage, cfg, Path(cfg.out)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = place_among_processes()
         self.device = model.pick_device(cfg.device)
         self.dtype = torch.bfloat16 if model.pick_precision(cfg.precision, self.device) == "bf16" else torch.float32
+        self.checks: list[data.Check] = []
         self.signal = 0
         self.training = False  # in the loop
+        self.updating = False  # the weights are between two steps, of which neither can be saved
+        self.seen_finite = -1  # the step after which the model was last seen to compute numbers
+        self.last_batch: list[data.Batch] = []  # one of the last step's, to see that with where there is no other
+        self.verified: set[str] = set()  # names of checkpoints
         self.bar = None  # the rich.progress.Progress that is on the screen
         self.model_folder = Path()  # where the model to train is, on this disk: the Hub is asked once
         # run.json: stage, config, versions, model, data, trainable, before, seconds, after, metrics, best, finished
-        self.about: dict = {}
+        self.about: dict = {"stage": stage, "config": asdict(cfg), "versions": versions(self.device)}
         # words wrap in a window, and nothing does in a pipe; names and replies are text, brackets or not
         terminal = sys.stdout.isatty()
         self.console = Console(soft_wrap=not terminal, width=None if terminal else 200, markup=False, emoji=False)
@@ -437,17 +468,30 @@ class Run:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def __enter__(self) -> Run:
-        from filelock import FileLock, Timeout
-
-        for name, (fine, wanted) in self.cfg.limits().items():
-            if not fine:
-                raise ValueError(f"{option(name)} is {getattr(self.cfg, name)}; it has to be {wanted}")
-        tracker_package(self.cfg.tracker)  # before anything takes time
+    def look(self) -> None:
+        """Refuse what can be seen to fail; nothing is written yet."""
+        self.cfg.look()
         if self.device.type == "mps" and self.cfg.recompute and (self.cfg.dropout or self.cfg.lora_dropout):
             raise ValueError("--recompute on MPS would drop others the second time: leave out dropout, or --recompute")
         if self.cfg.batch_size < self.world:
             raise ValueError(f"--batch-size {self.cfg.batch_size} is too few for {self.world} processes")
+        tracker_package(self.cfg.tracker)
+        sample = str(data.HERE / "sample" / "checks.jsonl") if self.cfg.data == ("sample",) else ""
+        if path := sample if self.cfg.checks == "auto" else self.cfg.checks:
+            self.checks = data.read_checks(path)
+        out = self.folder.resolve()
+        for setting in ("adapter", "model"):
+            name = str(getattr(self.cfg, setting, ""))
+            source = Path(name).resolve()
+            if name and (source == out or (source.exists() and source.is_relative_to(out))):
+                raise ValueError(f"--out {self.folder} would replace {option(setting)} {name}, which the run needs to "
+                                 "its end.\nGive another folder: --out")
+        look_at_folder(self.folder)
+
+    def __enter__(self) -> Run:
+        from filelock import FileLock, Timeout
+
+        self.look()
         if "RANK" in os.environ and not torch.distributed.is_initialized():
             store, rank, world = next(torch.distributed.rendezvous("env://"))
             # torchrun's own store outlives a restart, and what dead processes left in it would be read as addresses; a
@@ -467,6 +511,7 @@ class Run:
             except Timeout:
                 raise BlockingIOError(f"{self.folder} is in use by another process.\n"
                                       "Wait for it, or give another folder: --out") from None
+            tidy(self.folder)
         self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -499,12 +544,14 @@ class Run:
         self.training = True
         try:
             yield
-        except (Interrupted, MemoryError) as stop:
+        except (Interrupted, RuntimeError, MemoryError) as stop:
+            asked = isinstance(stop, Interrupted)
+            if not asked and (self.updating or self.world > 1 or not is_out_of_memory(stop)):
+                raise
             log.close()  # the bar ends above what is said now
-            if isinstance(stop, Interrupted) or self.world == 1:
-                save()
-            if isinstance(stop, Interrupted):
-                self.say(f"stopped after step {state.step} of {self.cfg.steps}; run the same command again to go on")
+            save()
+            if asked:
+                self.say(f"stopped after step {state.step} of {self.cfg.steps}; {AGAIN} to go on")
             raise stop from None
         finally:
             self.training = False
@@ -567,24 +614,15 @@ class Run:
 
     def say(self, text: str = "") -> None:
         if self.is_main:
-            self.console.print(text, markup=False, highlight=False)
+            self.console.print(data.visible(text), markup=False, highlight=False)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def load(self, spec: str) -> model.GPT:
         """The model to train, on the device, with fresh adapters if the run has any."""
-        cfg = self.cfg
-        for part in cfg.data:  # no model is fetched for a misspelt name
-            name, path, _ = data.parse_spec(part)
-            if path and not os.path.exists(str(path).partition("#")[0] or "."):
-                data.open_spec(name, path)  # says what there is
-        self.model_folder = folder = model.find_model(spec)
-        if folder.resolve() == self.folder.resolve():
-            raise ValueError(f"--out {cfg.out} would replace --model {spec}, which the run needs to its end.\n"
-                             "Give another folder: --out")
-        if cfg.adapter and Path(cfg.adapter).resolve().is_relative_to(self.folder.resolve()):
-            raise ValueError(f"--out {cfg.out} would replace --adapter {cfg.adapter}.\nGive another folder: --out")
+        cfg, folder = self.cfg, model.find_model(spec)
+        self.model_folder = folder
         for part in [folder, Path(cfg.adapter)] if cfg.adapter else [folder]:
             if remark := data.check_tokenizer(part):
                 self.say(f"note: {remark}.")
@@ -595,7 +633,7 @@ class Run:
         if cfg.context > gpt.config.n_positions:
             raise ValueError(f"--context {cfg.context} is more than the {gpt.config.n_positions} positions of {spec}")
         stage = {"stage": self.stage, "model": spec, "adapter": cfg.adapter, "data": list(cfg.data)}
-        self.about["lineage"] = [*read_about(folder).get("lineage", []), stage]
+        self.about["lineage"] = [*lineage_of(folder), stage]
         self.about["model"] = {"name": spec, "adapter": cfg.adapter,
                                "parameters": sum(p.numel() for p in gpt.parameters()),
                                "sha256": weights_sha256(gpt.state_dict())}
@@ -614,6 +652,17 @@ class Run:
         gpt = model.read_model(self.model_folder)
         self.merged = lora.merge_adapters(gpt, self.cfg.adapter) if self.cfg.adapter else {}
         return gpt
+
+
+def place_among_processes() -> tuple[int, int]:
+    """(rank, processes) as torchrun and its like tell them, by RANK; without that there is one process."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    told = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    if not all(told) or not all(map(str.isdecimal, told[:2])) or int(told[0]) >= int(told[1]):
+        raise ValueError(f"RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are {told} in the environment.\n"
+                         "For several processes start them with torchrun, which sets all; for one:  unset RANK")
+    return int(told[0]), int(told[1])
 
 
 class Interrupted(SystemExit):
@@ -721,7 +770,7 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
     report = rows.report_json()
     old = open_folder(run, {"data": {"sha256": rows.fingerprint, **report}, "trainable": learning})
     if old.get("finished"):
-        run.say(f"{run.folder} is finished. Talk to it: uv run chat.py --model {run.folder}\n"
+        run.say(f"{run.folder} is finished. Talk to it: uv run chat.py --model {shlex.quote(str(run.folder))}\n"
                 "To train it once more: --overwrite, or another folder: --out")
         return False
     about = run.about["model"]
@@ -757,7 +806,7 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
             run.say(f"Each of the {cfg.row_name} comes {passes:,.0f} times. After some ten times a model says them by "
                     f"heart and forgets\nother things; --batch-size {batch_size} --steps {steps} would be three times.")
     if "before" not in run.about:
-        if cfg.prompts or cfg.checks:
+        if cfg.prompts or run.checks:
             run.say("answering prompts and checks before the first step ...")
         run.note(before=assess(gpt, cfg, run))
     if run.is_main:
@@ -779,6 +828,7 @@ def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command:
     measured = [r for r in history(run.folder) if "val_loss" in r]
     best = min(measured, key=lambda r: r["val_loss"], default=None)
     run.note(after=after, metrics=final, best=best, finished=True)
+    tidy(run.folder)  # the run that this one replaced, if any, may go now
     show("after training", after["replies"], run)
     if "checks" in after:
         run.console.print(checks_table(before.get("checks", {}), after["checks"]))
@@ -798,12 +848,10 @@ def assess(gpt: model.GPT, cfg: Settings, run: Run) -> dict:
     if not run.is_main:
         return {}
     found = {"replies": converse(gpt, cfg.prompts, cfg.reply_tokens)}
-    own = data.HERE / "sample" / "checks.jsonl" if cfg.data == ("sample",) else ""
-    if path := own if cfg.checks == "auto" else cfg.checks:
-        checks = data.read_checks(path)
-        replies = answer(gpt, [check.messages for check in checks], cfg.reply_tokens)
+    if run.checks:
+        replies = answer(gpt, [check.messages for check in run.checks], cfg.reply_tokens)
         found["checks"] = data.tally([data.judge(check, text, ended)
-                                      for check, (text, ended) in zip(checks, replies, strict=True)])
+                                      for check, (text, ended) in zip(run.checks, replies, strict=True)])
     return found
 
 
@@ -861,10 +909,10 @@ def checks_table(before: dict, after: dict):
 
 
 def _samples(run: Run, before: dict, after: dict) -> str:
-    parts = [f"# {run.folder}: the same prompts before and after {run.stage}\n"]
+    parts = [f"# {_cell(run.folder)}: the same prompts before and after {run.stage}\n"]
     for title, found in (("Before", before), ("After", after)):
         parts.append(f"## {title}\n")
-        parts += [f"```\n{data.transcript(talk)}\n```\n" for talk in found["replies"]]
+        parts += map(_fenced, found["replies"])
         if "checks" in found:
             headings = ["checks", "questions", *score_cells(found["checks"]["all"])]
             parts += [_line(headings), f"|{'---|' * len(headings)}"]
@@ -886,7 +934,7 @@ CARD = """\
 ```python
 from transformers import pipeline
 
-chat = pipeline("text-generation", {title!r})
+chat = pipeline("text-generation", {name!r})
 print(chat([{{"role": "user", "content": {question!r}}}], do_sample=False)[0]["generated_text"][-1]["content"])
 ```
 
@@ -929,15 +977,27 @@ def card(run: Run, before: dict, after: dict, final: dict) -> str:
     settings = flags(run.cfg, besides=("model", "adapter", "data", "out", "overwrite"))
     return CARD.format(
         metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
-        title=run.folder.name, history=data.visible(history), figures="\n".join(figures),
+        title=_cell(run.folder.name), name=run.folder.name, history=_cell(history), figures="\n".join(figures),
         question=after["replies"][0][0]["content"] if after["replies"] else "Hello!",
-        talk="".join(f"```\n{data.transcript(talk)}```\n\n" for talk in after["replies"][:1]),
+        talk="".join(f"{_fenced(talk)}\n" for talk in after["replies"][:1]),
         seconds=about["seconds"], **{key: about["versions"][key] for key in ("device", "torch")},
-        settings=data.visible(settings))
+        settings=_cell(settings))
+
+
+def _fenced(talk: data.Conversation) -> str:
+    """A conversation as a block of Markdown, between fences that are longer than any in the text."""
+    shown = data.transcript(talk)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
+    return f"{fence}\n{shown}\n{fence}\n"
 
 
 def _line(cells) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+    return f"| {' | '.join(map(_cell, cells))} |"
+
+
+def _cell(content) -> str:
+    """A text on one line of Markdown, in which it opens no column, tag or code."""
+    return re.sub(r"[|<`\\]", r"\\\g<0>", " ".join(data.visible(str(content)).split()))
 
 
 def flags(cfg: Settings, besides: tuple[str, ...] = ()) -> str:
@@ -954,39 +1014,111 @@ def flags(cfg: Settings, besides: tuple[str, ...] = ()) -> str:
 # ---- the run folder ------------------------------------------------------------------------------
 
 
+REPLACED = ".replaced"  # in a run's folder: the run that --overwrite replaces, whole, until the new one is finished
+# all that a run writes into its folder, and what would make a folder open as another model than the one written there
+WRITTEN = ("config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+           "vocab.json", "merges.txt", "chat_template*.jinja", "additional_chat_templates", "adapter", "checkpoints",
+           "reference-*.safetensors", "metrics.jsonl", "curves.png", "samples.md", "README.md", "tensorboard",
+           ".export.tmp", "run.json")
+MODELS = ("*.safetensors", "*.index.json", "*.bin", "adapter_*", "tokenizer*", "special_tokens_map.json",
+          "added_tokens.json", "chat_template*")
+
+
+def own_files(folder: Path) -> list[Path]:
+    """What a run has written into its folder: config.json, by which a model opens, first, and run.json last."""
+    return [path for pattern in WRITTEN for path in sorted(folder.glob(pattern))]
+
+
+def look_at_folder(folder: Path) -> None:
+    """Refuse an --out that is no folder, or one with somebody else's files in the way of a run's."""
+    other = "\nGive another folder: --out"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder{other}")
+    if data.clean(str(folder)) != str(folder).strip():
+        raise ValueError(f"--out {folder} is not UTF-8, which the names of models' files have to be{other}")
+    try:
+        if read_about(folder):
+            return
+    except ValueError as error:
+        raise ValueError(f"{error}{other}") from None
+    if strangers := sorted({path.name for pattern in WRITTEN + MODELS for path in folder.glob(pattern)}):
+        raise ValueError(f"{folder} holds {', '.join(strangers[:4])}, and no run.json describes a run that wrote it: "
+                         f"it is left alone.{other}")
+
+
 def open_folder(run: Run, about: dict) -> dict:
     """Claim the run folder for this configuration; returns the run.json of the run that is continued, or {}.
 
-    Another configuration or other data in the same folder is refused with the difference shown.
+    Another configuration or other data in the same folder is refused with the difference shown. All else that can be
+    known to fail has been looked at: from here on the folder is another one.
     """
-    path, cfg = run.folder / "run.json", run.cfg
-    about = {"stage": run.stage, "config": asdict(cfg), "versions": versions(run.device)} | run.about | about
-    old = {}
+    cfg, old = run.cfg, {}
+    about = run.about | about
     if run.is_main:
+        old = read_about(run.folder)
         if cfg.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # not a run's own restart
-            names = ("checkpoints", "adapter", "run.json", "metrics.jsonl", "model.safetensors", "config.json")
-            for old_file in (*map(run.folder.joinpath, names), *run.folder.glob("reference-*.safetensors")):
-                remove(old_file)
-        begun = checkpoint_folders(run.folder) or (run.folder / "model.safetensors").is_file()
-        if path.is_file():
-            try:
-                old = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                raise ValueError(f"{path} is damaged.\nStart anew with --overwrite, or give another --out") from None
-            if changes := _differences(old, about, asdict(type(cfg)())):
-                if begun:
-                    shown = changes[:2] + ([f"... and {len(changes) - 2} more"] if len(changes) > 2 else [])
-                    raise ValueError(f"{run.folder} holds another run:\n" + "\n".join(shown)
-                                     + "\nUse another --out, or --overwrite to start anew")
-                old = {}  # nothing would be lost: a command that was wrong can be mended
-        elif begun:
-            raise ValueError(f"{run.folder} holds a model that no run.json describes.\n"
-                             "Use another --out, or --overwrite to start anew")
+            old = {}
+            if before := set_aside(run.folder):
+                keep = shlex.join(["mv", str(before), f"{run.folder}-before"])
+                run.say(f"{before} holds the run that was there, until this one is finished. To keep it: {keep}")
+        elif changes := old and _differences(old, about, asdict(type(cfg)())):
+            if begun(run.folder):
+                shown = changes[:2] + ([f"... and {len(changes) - 2} more"] if len(changes) > 2 else [])
+                raise ValueError(f"{run.folder} holds another run:\n" + "\n".join(shown)
+                                 + "\nUse another --out, or --overwrite to start anew")
+            old = {}  # nothing would be lost: a command that was wrong can be mended
         if not old:
-            write_file(path, json.dumps(about, indent=1))
+            write_file(run.folder / "run.json", json.dumps(about, indent=1))
+        elif old.get("finished") and not (run.folder / "config.json").is_file() and checkpoint_folders(run.folder):
+            old["finished"] = False  # its model was deleted, and can be had again
     old = run.shared(old)
     run.about = old or about
     return old
+
+
+def begun(folder: Path) -> bool:
+    return bool(checkpoint_folders(folder)) or (folder / "model.safetensors").is_file()
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Make way for another run; returns where the one that was there lies now, or an older one that is finished.
+
+    An unfinished run that replaced a finished one goes, and so does one without a checkpoint.
+    """
+    before, there = folder / REPLACED, read_about(folder)
+    goes = not there.get("finished") and (read_about(before).get("finished") or not begun(folder))
+    if not goes:
+        discard(before)
+    target = folder / f".{REPLACED}.old" if goes else before
+    target.mkdir(exist_ok=True)
+    for path in own_files(folder):
+        os.replace(path, target / path.name)
+        sync(target)
+        sync(folder)
+    if goes:
+        remove(target)
+    return before if before.is_dir() else None
+
+
+def tidy(folder: Path) -> None:
+    """Put right what a kill left half moved, and discard what a finished run replaced."""
+    before = folder / REPLACED
+    remove(folder / f".{REPLACED}.old")
+    if before.is_dir() and not (read_about(before) and read_about(folder)):
+        for path in reversed(own_files(before)):
+            os.replace(path, folder / path.name)
+        with contextlib.suppress(OSError):
+            before.rmdir()
+    elif read_about(folder).get("finished"):
+        discard(before)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, renamed first: one that is half deleted must not look like a whole one."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.old")
+        os.replace(folder, doomed)
+        remove(doomed)
 
 
 def _differences(old: dict, new: dict, defaults: dict) -> list[str]:
@@ -1015,17 +1147,19 @@ def export(gpt: model.GPT, cfg: Settings, run: Run) -> None:
                              "Put them back, then run the same command again: all steps are in the checkpoint.")
         weights |= {f"{name}.base.{part}": exact[f"{name}.{part}"]
                     for name in lora.adapters(gpt) for part in ("weight", "bias")}
-    temporary = run.folder / ".export.tmp"
+    temporary, opens = run.folder / ".export.tmp", "config.json"
     with writing(run.folder / "model.safetensors", 4 * run.about["model"]["parameters"]):
         remove(temporary)
         gpt.save_pretrained(temporary, lora.merged_weights(gpt, weights))
         data.save_tokenizer(temporary, gpt.config.n_positions)
         if cfg.lora_rank:
             lora.save_adapters(gpt, temporary / "adapter", base_name(cfg.model), weights, run.merged)
-            remove(run.folder / "adapter")
-        for path in sorted(temporary.iterdir()):
-            for file in path.rglob("*") if path.is_dir() else [path]:
-                sync(file)
+        for file in temporary.rglob("*"):
+            sync(file)
+        remove(run.folder / opens)  # until it is there again, last, the folder is no model's: never half of two
+        remove(run.folder / "adapter")
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == opens):
+            sync(run.folder)
             os.replace(path, run.folder / path.name)
         remove(temporary)
         sync(run.folder)
@@ -1058,10 +1192,8 @@ def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run:
     tensors = {f"{name}.{kind}": moment.contiguous()
                for name, kinds in moments["state"].items() for kind, moment in kinds.items()}
     folder = run.folder / "checkpoints" / f"step-{state.step:08d}"
-    if folder.is_dir():
-        if not verify_checkpoint(folder):
-            return
-        remove(folder)
+    if folder.is_dir() and sound(folder, run):
+        return
     with writing(folder, sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values()))):
         with written_whole(folder) as temporary:
             temporary.mkdir(parents=True)
@@ -1076,8 +1208,9 @@ def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run:
             sync(run.folder / "metrics.jsonl")  # whose lines before this step are not written again
         if why := verify_checkpoint(folder):
             raise OSError(errno.EIO, f"read back, {why}")
+    run.verified.add(folder.name)
     with contextlib.suppress(OSError):  # the next save tries again
-        _prune_checkpoints(run.folder, cfg.keep)
+        _prune_checkpoints(cfg.keep, run)
 
 
 def load_checkpoint(gpt: model.GPT, optimizer, run: Run) -> State | None:
@@ -1093,18 +1226,14 @@ def load_checkpoint(gpt: model.GPT, optimizer, run: Run) -> State | None:
     if run.is_main:  # the others get it from rank 0, which has the run's folder
         for leftover in (run.folder / "checkpoints").glob(".step-*"):
             remove(leftover)
-        for folder in checkpoint_folders(run.folder):
-            if why := verify_checkpoint(folder):
-                run.say(f"skipped {folder}: {why}")
-                continue
+        if folder := next((folder for folder in checkpoint_folders(run.folder) if sound(folder, run)), None):
             saved = json.loads((folder / "state.json").read_text())
             weights, state = load_file(folder / "model.safetensors"), State(**saved["state"])
             moments = {"state": defaultdict(dict), "param_groups": saved["param_groups"]}
             for key, moment in load_file(folder / "optimizer.safetensors").items():
                 name, _, kind = key.rpartition(".")
-                moments["state"][name][kind] = moment
+                moments["state"][name][kind] = moment.clone()  # the loop changes it, and the file stays mapped
             run.say(f"resumed {folder}")
-            break
     if state := run.shared(state):
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=run.world > 1, strict=False,
                                    ignore_frozen_params=True)
@@ -1112,6 +1241,20 @@ def load_checkpoint(gpt: model.GPT, optimizer, run: Run) -> State | None:
         set_optimizer_state_dict(gpt, optimizer, moments, options=options)
         set_model_state_dict(gpt, weights, options=options)
     return state
+
+
+def sound(folder: Path, run: Run) -> bool:
+    """Whether a checkpoint verifies, said once; one that does not is renamed, and counts as none from here on."""
+    if folder.name not in run.verified and (why := verify_checkpoint(folder)):
+        damaged = folder.with_name(f"damaged-{folder.name}")
+        run.say(f"skipped {folder}: {why}")
+        with contextlib.suppress(OSError):
+            remove(damaged)
+            os.replace(folder, damaged)
+            run.say(f"it is {damaged} now, and can be deleted")
+        return False
+    run.verified.add(folder.name)
+    return True
 
 
 def verify_checkpoint(folder: Path) -> str:
@@ -1122,6 +1265,8 @@ def verify_checkpoint(folder: Path) -> str:
         manifest = json.loads(text)
         if text != sealed(manifest):
             return f"{name} is damaged (its sha256 differs)"
+        if manifest["files"].keys() != {"model.safetensors", "optimizer.safetensors", "state.json"}:
+            return f"{name} is not that of a checkpoint"
         for name, about in manifest["files"].items():
             size = (folder / name).stat().st_size
             if size != about["size"]:
@@ -1132,7 +1277,7 @@ def verify_checkpoint(folder: Path) -> str:
         return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{name} is damaged"
     return ""
 
@@ -1148,16 +1293,15 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-[0-9]*"), reverse=True)
 
 
-def _prune_checkpoints(folder: Path, keep: int) -> None:
-    """Keep the newest and the one with the lowest validation loss."""
-    losses = {f"step-{r['step']:08d}": r["val_loss"] for r in read_metrics(folder) if "val_loss" in r}
-    best = min((p for p in checkpoint_folders(folder) if p.name in losses), key=lambda p: losses[p.name], default=None)
-    for path in checkpoint_folders(folder)[keep:]:
+def _prune_checkpoints(keep: int, run: Run) -> None:
+    """Keep the newest that verify, and the one with the lowest validation loss."""
+    losses = {f"step-{r['step']:08d}": r["val_loss"] for r in read_metrics(run.folder) if "val_loss" in r}
+    folders = checkpoint_folders(run.folder)
+    best = min((p for p in folders if p.name in losses), key=lambda p: losses[p.name], default=None)
+    kept = list(islice((folder for folder in folders if sound(folder, run)), keep))
+    for path in folders[folders.index(kept[-1]) + 1:] if len(kept) == keep else ():
         if path != best:
-            # renamed first: a half-deleted folder must not look like a checkpoint
-            doomed = path.with_name(f".{path.name}.old")
-            os.replace(path, doomed)
-            remove(doomed)
+            discard(path)
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -1176,7 +1320,7 @@ def writing(what: Path, size: int = 0):
                       f"{what} could not be written: {getattr(error, 'strerror', None) or error}\n"
                       + (f"It needs {size:,} bytes; " if size else "") + f"{free:,} bytes are free. "
                       "Earlier checkpoints are untouched.\n"
-                      "Make room, then run the same command again: it goes on from the newest checkpoint.") from None
+                      f"Make room, then {AGAIN}: it goes on from the newest checkpoint.") from None
 
 
 def sha256(path: Path) -> str:
@@ -1201,9 +1345,8 @@ class Log:
 
         self.run, self.path, self.latest = run, run.folder / "metrics.jsonl", {}
         if run.is_main:  # the line of the checkpoint's step and those after it will be written again
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-            records = (_parsed(line) for line in lines)
-            write_file(self.path, "".join(json.dumps(r) + "\n" for r in records if r and r["step"] < state.step))
+            records = read_metrics(run.folder) if self.path.is_file() else []
+            write_file(self.path, "".join(json.dumps(r) + "\n" for r in records if r["step"] < state.step))
             self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self.tracker = _tracker(run) if run.is_main else None
         if run.is_main and run.console.is_interactive and sys.stdout.isatty():
@@ -1222,7 +1365,12 @@ class Log:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
         if self.tracker:
-            self.tracker(record)
+            try:
+                self.tracker(record)
+            except Exception as error:  # of whatever kind: the run has its own record
+                self.tracker = None
+                self.run.say(f"--tracker {self.run.cfg.tracker} gets no more (metrics.jsonl does): "
+                             + data.excerpt(error))
         self.latest |= record  # so that the bar goes on showing the last validation
         if self.run.bar:
             self.run.bar.update(self.task, description=summary(self.latest))
@@ -1264,46 +1412,63 @@ def summary(record: dict) -> str:
 
 
 def tracker_package(name: str):
-    """The module that a tracker is, or None for none. A folder `wandb`, as it leaves behind, is not the package."""
+    """The module of a tracker, None for none; a folder that Python takes for one (wandb's own is called so) is none."""
     if name == "none":
         return None
     try:
         package = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
-        getattr(package, "SummaryWriter" if name == "tensorboard" else "init")
+        for called in ("SummaryWriter",) if name == "tensorboard" else ("init", "log"):
+            getattr(package, called)
+        return package
     except (ImportError, AttributeError):
         raise ValueError(f"--tracker {name} needs a package that is not installed: uv sync --extra {name}") from None
-    return package
 
 
 def _tracker(run: Run):
-    package = tracker_package(run.cfg.tracker)
+    if not (package := tracker_package(run.cfg.tracker)):
+        return None
     if run.cfg.tracker == "tensorboard":
         writer = package.SummaryWriter(run.folder / "tensorboard")
         return lambda r: ([writer.add_scalar(k, v, r["step"]) for k, v in r.items() if k != "step"], writer.flush())
-    if package:
-        package.init(project="gpt2-chat", name=run.folder.name, config=asdict(run.cfg))
-        return lambda r: package.log({k: v for k, v in r.items() if k != "step"}, step=r["step"])
+    package.init(project="gpt2-chat", name=run.folder.name, config=asdict(run.cfg))
+    return lambda r: package.log({k: v for k, v in r.items() if k != "step"}, step=r["step"])
 
 
 def read_metrics(folder: Path) -> list[dict]:
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"'{folder}' is not a run: it has no metrics.jsonl.\nFinish one first: uv run sft.py")
-    return [r for r in map(_parsed, path.read_text(encoding="utf-8").splitlines()) if r]
+    return [r for r in map(_parsed, path.read_text(encoding="utf-8", errors="replace").splitlines()) if r]
 
 
 def _parsed(line: str) -> dict | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # the last line of a run that was killed while writing it
-    return record if isinstance(record, dict) and "step" in record else None
+    numbers = isinstance(record, dict) and all(isinstance(value, int | float) for value in record.values())
+    return record if numbers and isinstance(record.get("step"), int) else None
 
 
 def read_about(folder: Path) -> dict:
-    """A run's run.json; {} if it has none."""
+    """A run's run.json; {} if it has none. Raises ValueError for one that no run of these scripts wrote."""
     path = Path(folder) / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    about = data.read_json(path)
+    if not isinstance(about, dict) or not isinstance(about.get("config"), dict) or "stage" not in about:
+        raise ValueError(f"{path} describes no run of sft.py or dpo.py")
+    return about
+
+
+def lineage_of(folder: Path) -> list[dict]:
+    """The stages that made the model of a folder, [] where no run of these scripts wrote them down."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OSError):
+        stages = read_about(folder).get("lineage", [])
+        for stage in stages:
+            " ".join([stage["stage"], stage["model"], stage["adapter"], *map(str, map(data.parse_spec, stage["data"]))])
+        return stages
+    return []
 
 
 def history(folder: Path) -> list[dict]:
@@ -1320,6 +1485,9 @@ PANELS = [("loss", ("loss", "val_loss"), "nats"), ("learning rate", ("lr",), "ra
           ("reward margin", ("reward_margin", "val_reward_margin"), "nats"),
           ("reward accuracy", ("reward_accuracy", "val_reward_accuracy"), "share of pairs"),
           ("KL to the reference", ("kl", "val_kl"), "nats / token")]
+
+
+PICTURE = "gpt2-chat: train.plot_curves"  # by which a picture is known as ours
 
 
 def plot_curves(folders: list[Path], path: Path) -> None:
@@ -1350,13 +1518,15 @@ def plot_curves(folders: list[Path], path: Path) -> None:
                     continue
                 steps, values = zip(*points, strict=True)
                 marks = {"marker": "o", "markersize": 3} if key.startswith("val_") else {"linewidth": 1, "alpha": 0.8}
-                axis.plot(steps, values, label=key if len(runs) == 1 else f"{name} {key}", **marks)
+                label = data.visible(name).replace("$", r"\$")  # which would begin a formula
+                axis.plot(steps, values, label=key if len(runs) == 1 else f"{label} {key}", **marks)
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.grid(alpha=0.3)
         if len(keys) > 1 or len(runs) > 1:
             axis.legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png", metadata={"Software": PICTURE})
     pyplot.close(figure)
 
 
@@ -1375,6 +1545,9 @@ class Compare:
 def compare(cfg: Compare) -> None:
     from rich.table import Table
 
+    picture = Path(cfg.out)
+    if picture.exists() and not (picture.is_file() and PICTURE.encode() in picture.read_bytes()[:4096]):
+        raise ValueError(f"{picture} is no picture that this script made, so it is left alone.\nGive another --out")
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("run", overflow="fold")
     for column in ("steps", "loss", "val loss", "reward\naccuracy", "checks\ncorrect", "facts\nper reply", "tok/s",
@@ -1385,17 +1558,21 @@ def compare(cfg: Compare) -> None:
         if not records:
             raise ValueError(f"'{folder}' has not come to its first step: its metrics.jsonl is empty")
         newest = {k: v for record in records for k, v in record.items()}
-        scores = read_about(folder).get("after", {}).get("checks", {}).get("all", {})
+        try:
+            scores = read_about(folder).get("after", {}).get("checks", {}).get("all", {})
+            checked = [f"{scores['correct']:.1%}", f"{scores['facts']:.2f}"] if scores else ["-", "-"]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / 'run.json'} is not as a run writes it: {error}") from None
         cells = [("step", "{:,}"), ("loss", "{:.4f}"), ("val_loss", "{:.4f}"), ("val_reward_accuracy", "{:.1%}")]
         table.add_row(data.visible(str(folder)),
                       *(form.format(newest[key]) if key in newest else "-" for key, form in cells),
-                      f"{scores['correct']:.1%}" if scores else "-", f"{scores['facts']:.2f}" if scores else "-",
-                      f"{newest.get('tokens_per_second', 0):,.0f}", f"{newest.get('peak_memory_bytes', 0) / 1e9:.2f}")
-    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    plot_curves([Path(f) for f in cfg.runs], Path(cfg.out))
+                      *checked, f"{newest.get('tokens_per_second', 0):,.0f}",
+                      f"{newest.get('peak_memory_bytes', 0) / 1e9:.2f}")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    plot_curves([Path(f) for f in cfg.runs], picture)
     console = Console(markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
     console.print(table)
-    console.print(f"picture: {cfg.out}")
+    console.print(data.visible(f"picture: {cfg.out}"))
 
 
 if __name__ == "__main__":

@@ -312,6 +312,8 @@ def test_a_reference_that_is_interrupted_goes_on_where_it_was(how, pairs, tiny_m
 def test_a_process_knows_the_rows_of_its_steps(pairs, tiny_model, tmp_path, monkeypatch):
     """Without packing them, in one process and in two."""
     found = data.load_pairs([pairs], data.Reading(val_fraction=0))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # nobody connects to it
+        monkeypatch.setenv(name, "1")
     for world in (1, 2):
         for rank in range(world):
             monkeypatch.setenv("RANK", str(rank))

@@ -312,6 +312,34 @@ def test_each_damaged_checkpoint_is_skipped(server, uninterrupted, finished_but_
     assert_older_one_is_taken(server, uninterrupted, finished_but_for_the_end, file, how)
 
 
+def stops_after_a_save() -> None:
+    import train
+
+    save = train.save_checkpoint
+    train.save_checkpoint = lambda *given: save(*given) or os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_damaged_checkpoints_do_not_push_out_new_ones(server, uninterrupted):
+    """They are set aside, so that the newest ones are those from which a run goes on."""
+    job = server.jobs["sft full"]
+    wanted, _ = uninterrupted(job)
+    folder = server.new_folder()
+    assert server.run(job, folder, breaks_in_finish, keep=4) == -signal.SIGKILL
+    assert verified(folder)[:4] == [8, 7, 6, 5]
+    for step in (8, 7, 6):
+        damage(folder / "checkpoints" / f"step-{step:08d}" / "model.safetensors", "flipped", random.Random(step))
+    assert server.run(job, folder, stops_after_a_save) == 143
+    assert verified(folder)[:2] == [6, 5], tail(folder)
+    log = trials.log_of(folder).read_text()
+    for step in (8, 7, 6):
+        assert f"skipped {folder}/checkpoints/step-{step:08d}: model.safetensors is damaged" in log
+        assert f"checkpoints/damaged-step-{step:08d}" in log
+        assert (folder / "checkpoints" / f"damaged-step-{step:08d}").is_dir()
+    assert server.run(job, folder, stops_after_a_save) == 143  # "run the same command again": there is something
+    assert verified(folder)[:2] == [7, 6]
+    assert_resumes(server, job, folder, wanted)
+
+
 # ---- signals -------------------------------------------------------------------------------------
 
 
@@ -442,8 +470,8 @@ def test_ctrl_c_while_the_script_starts(server, tmp_path, record_property):
         log = tmp_path / "log"
         with open(log, "w") as out, subprocess.Popen(command, cwd=trials.ROOT, stdout=out, stderr=out) as process:
             number = (signal.SIGINT, signal.SIGTERM)[n % 2]
-            wait_until(lambda: "train.py" in Path(f"/proc/{process.pid}/maps").read_text() or True)
-            time.sleep(rng.uniform(1.0, 6.0))
+            wait_until(lambda: "site-packages" in Path(f"/proc/{process.pid}/maps").read_text())  # our own imports
+            time.sleep(rng.uniform(0.0, 5.0))
             process.send_signal(number)
             code = process.wait(60)
         assert code in (128 + number, -number), (code, log.read_text())
@@ -504,6 +532,118 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(server, uninter
     assert verified(folder) == [3, 2]
     for file in (folder / "checkpoints" / "step-00000003").glob("*.safetensors"):
         assert all((abs(tensor) < 1e9).all() for tensor in load_file(file).values())
+    assert_resumes(server, job, folder, wanted)
+
+
+def weights_break(after: str = "") -> None:
+    """The third update leaves weights of which the next loss is no number; then there is a signal, or no memory."""
+    import train
+
+    step = train.step
+
+    def breaking(loss, optimizer, batches, state, *more):
+        if after == "no memory" and state.step == 3:
+            raise MemoryError("out of memory")
+        record = step(loss, optimizer, batches, state, *more)
+        if state.step == 3:
+            loss.gpt.ln_f.weight.data.fill_(3e38)
+            if after == "a signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+        return record
+
+    train.step = breaking
+
+
+@pytest.mark.parametrize(("after", "settings", "left"), [
+    ("", {"save_every": 1}, [2, 1]), ("a signal", {"save_every": 0}, []), ("no memory", {"save_every": 2}, [2]),
+    ("", {"save_every": 2, "val_fraction": 0.0, "steps": 3}, [2])])
+def test_weights_that_compute_no_numbers_are_not_saved(server, uninterrupted, after, settings, left):
+    """Though the gradient was finite and no evaluation was due; from what is left the run ends as it would have."""
+    job = server.jobs["sft full"].but(**{"steps": 5, "eval_every": 0} | settings)
+    wanted, _ = uninterrupted(job)
+    folder = server.new_folder()
+    assert server.run(job, folder, partial(weights_break, after)) == 1
+    assert_short_error(folder, "loss after step 3 is", "not saved", "--lr")
+    assert verified(folder) == left and not (folder / "model.safetensors").exists()
+    assert_resumes(server, job, folder, wanted)
+
+
+def memory_ends_in_the_update(error: type) -> None:
+    """In the third one, when half of the weights have made the step."""
+    import torch
+
+    step, calls = torch.optim.AdamW.step, count(1)
+
+    def half(optimizer, *given):
+        if next(calls) < 3:
+            return step(optimizer, *given)
+        optimizer.param_groups[0]["params"][0].data.add_(1)
+        raise error("CPU out of memory")
+
+    torch.optim.AdamW.step = half
+
+
+@pytest.mark.parametrize("error", ["MemoryError", "OutOfMemoryError"])
+@pytest.mark.parametrize("save_every", [0, 2])
+def test_memory_that_ends_in_the_update_saves_no_half_of_it(server, uninterrupted, error, save_every):
+    import torch
+
+    job = server.jobs["sft full"].but(steps=5, save_every=save_every)
+    wanted, _ = uninterrupted(job)
+    folder = server.new_folder()
+    kind = MemoryError if error == "MemoryError" else torch.OutOfMemoryError
+    assert server.run(job, folder, partial(memory_ends_in_the_update, kind)) == 1
+    assert_short_error(folder, "out of memory")
+    assert verified(folder) == ([2] if save_every else [])
+    assert_resumes(server, job, folder, wanted)
+
+
+def memory_ends_in_an_evaluation() -> None:
+    """In the second one, after step 3."""
+    import torch
+
+    import train
+
+    evaluate, calls = train.evaluate, count(1)
+
+    def scarce(loss, batches, run):
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return evaluate(loss, batches, run)
+
+    train.evaluate = scarce
+
+
+def test_memory_that_ends_in_an_evaluation_is_saved(server, uninterrupted):
+    job = server.jobs["sft full"].but(steps=5, save_every=0)
+    wanted, _ = uninterrupted(job)
+    folder = server.new_folder()
+    assert server.run(job, folder, memory_ends_in_an_evaluation) == 1
+    assert_short_error(folder, "out of memory")
+    assert verified(folder) == [3]
+    assert_resumes(server, job, folder, wanted)
+
+
+def memory_ends_before_the_first_step() -> None:
+    import torch
+
+    zeros, calls = torch.zeros_like, count()
+
+    def scarce(*given, **more):
+        if next(calls) == 5:
+            raise torch.OutOfMemoryError("CPU out of memory")
+        return zeros(*given, **more)
+
+    torch.zeros_like = scarce
+
+
+def test_memory_that_ends_while_moments_are_made(server, uninterrupted):
+    job = server.jobs["sft full"].but(steps=5)
+    wanted, _ = uninterrupted(job)
+    folder = server.new_folder()
+    assert server.run(job, folder, memory_ends_before_the_first_step) == 1
+    assert_short_error(folder, "out of memory")
+    assert verified(folder) == []
     assert_resumes(server, job, folder, wanted)
 
 

@@ -1,5 +1,7 @@
 """The loop's laws, worked by hand on a model of two weights and checked on a real one; the run folder; the trouble."""
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -316,7 +318,7 @@ def test_an_infinite_loss_stops_before_the_step(tmp_path):
         return total * (math.inf if len(batch.rows) == 2 else 1), count, metrics
 
     with pytest.raises(FloatingPointError, match=r"3: loss inf, gradient norm (inf|nan), rate 1.00e-01; rows 7, 41"):
-        run_toy(tmp_path, steps, loss=loss, toy=toy, save_every=1, data=("x.jsonl",))
+        run_toy(tmp_path, steps, loss=loss, toy=toy, save_every=1)
     assert toy.w.item() == pytest.approx(0.8, abs=1e-6) and toy.b.item() == pytest.approx(0.8, abs=1e-6)
     assert [path.name for path in train.checkpoint_folders(tmp_path / "run")] == ["step-00000002", "step-00000001"]
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2]
@@ -449,6 +451,217 @@ def test_a_run_cannot_replace_the_model_that_it_starts_from(tiny_model, settings
     assert {path: path.read_bytes() for path in before} == before
 
 
+# ---- what destroys, looks first ------------------------------------------------------------------
+
+
+def content(folder):
+    """Every file of a folder and below, but for the lock."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*"))
+            if path.is_file() and path.name != ".lock"}
+
+
+def test_overwrite_destroys_nothing_before_all_is_looked_at(finished, tiny_model, tmp_path, monkeypatch):
+    """Whatever the new run is refused for, the finished one is there byte for byte."""
+    shutil.copytree(finished.out, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wandb").mkdir()  # which Python takes for a module
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"messages": 5}])
+    model.GPT(model.GPTConfig(n_embd=8, n_layer=1, n_head=1, vocab_size=50)).save_pretrained(tmp_path / "few words")
+    before = content("run")
+    refused = [{"checks": "nowhere.jsonl"}, {"checks": bad}, {"tracker": "wandb"}, {"seed": -1}, {"seed": 2**64},
+               {"lr": math.inf}, {"lora_rank": 2, "lora_alpha": 0.0}, {"lora_rank": 2, "lora_targets": ()},
+               {"lora_rank": 2, "lora_targets": ("q_proj",)}, {"model": "nowhere"}, {"model": "few words"},
+               {"model": "run"}, {"data": ("nowhere.jsonl",)}, {"data": (bad,)}, {"data": ("ultrafeedback",)},
+               {"data": ()}, {"data": ("sample@101",)}, {"device": "meta"}, {"context": 2048}, {"batch_size": 0},
+               {"val_fraction": 1.0}, {"clip": math.nan}, {"language": "xx", "data": ("sample",), "checks": "auto"}]
+    for change in refused:
+        with pytest.raises((ValueError, FileNotFoundError)) as refusal:
+            sft.main(replace(finished, **{"out": "run", "steps": 2, "overwrite": True} | change))
+        assert len(str(refusal.value).splitlines()) <= 5, refusal.value
+        assert content("run") == before, change
+
+
+def test_a_refused_run_leaves_no_folder(settings, tmp_path):
+    for change in ({"checks": "nowhere.jsonl"}, {"model": "nowhere"}, {"data": ("nowhere.jsonl",)}, {"steps": 0}):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            sft.main(settings(out=str(tmp_path / "run"), **change))
+        assert not (tmp_path / "run").exists(), change
+
+
+@pytest.mark.parametrize("files", [
+    ("adapter/adapter_model.safetensors", "config.json"), ("pytorch_model.bin",), ("checkpoints/step-00000001/a",),
+    ("model-00001-of-00002.safetensors", "model.safetensors.index.json"), ("tokenizer_config.json",), ("README.md",),
+    ("adapter_config.json",), ("run.json",), ("metrics.jsonl",)], ids=str)
+def test_somebody_elses_folder_is_left_alone(settings, tmp_path, files):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    before = content(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"(?s)run\.json.*--out"):
+            sft.main(settings(out=str(tmp_path), overwrite=overwrite))
+        assert content(tmp_path) == before and not (tmp_path / ".lock").exists()
+
+
+def test_a_run_writes_what_it_is_known_to_write(finished, settings, tmp_path):
+    """Else --overwrite would leave some of it, and somebody else's file of that name would not be noticed."""
+    (tmp_path / "notes.txt").write_text("mine")
+    sft.main(settings(out=str(tmp_path), lora_rank=2, steps=1))
+    for folder, besides in ((Path(finished.out), {".lock"}), (tmp_path, {".lock", "notes.txt"})):
+        assert {path.name for path in folder.iterdir()} == {p.name for p in train.own_files(folder)} | besides
+
+
+def fails_in_step(monkeypatch, number):
+    step = train.step
+
+    def fail(loss, optimizer, batches, state, *more):
+        if state.step == number:
+            raise KeyError("died")
+        return step(loss, optimizer, batches, state, *more)
+
+    monkeypatch.setattr(train, "step", fail)
+
+
+def test_what_is_replaced_is_kept_until_its_successor_is_finished(finished, settings, tmp_path, monkeypatch, capsys):
+    run, before = tmp_path / "a run", content(finished.out)
+    shutil.copytree(finished.out, run)
+    (run / "notes.txt").write_text("mine")
+    new = settings(out=str(run), steps=2, save_every=1, lr=3e-4, overwrite=True)
+    for lr in (3e-4, 4e-4):  # an unfinished successor may be replaced too: it is the finished run that is kept
+        with monkeypatch.context() as patch, pytest.raises(KeyError):
+            fails_in_step(patch, 1)
+            sft.main(replace(new, lr=lr))
+        assert content(run / ".replaced") == before
+        assert json.loads((run / "run.json").read_text())["config"]["lr"] == lr
+        with pytest.raises(FileNotFoundError, match="not finished"):
+            model.find_model(str(run))
+    assert f"mv '{run}/.replaced' '{run}-before'" in capsys.readouterr().out.replace("\n", "")
+    with pytest.raises(ValueError, match="would replace --model"):
+        sft.main(replace(new, model=str(run / ".replaced")))
+    assert torch.equal(model.GPT.from_pretrained(run / ".replaced").wte.weight,
+                       model.GPT.from_pretrained(finished.out).wte.weight)
+    sft.main(replace(new, lr=4e-4, overwrite=False))
+    assert not (run / ".replaced").exists() and (run / "notes.txt").read_text() == "mine"
+    assert json.loads((run / "run.json").read_text())["finished"]
+
+
+class Killed(BaseException):
+    """Nothing catches it, and nothing is tidied up after it but what every exception has tidied up."""
+
+
+def killed_at(monkeypatch, number):
+    """os.replace does not come back from its call of this number; [calls so far]."""
+    calls, rename = [0], os.replace
+
+    def replace_or_die(*args):
+        if calls[0] == number:
+            raise Killed
+        calls[0] += 1
+        rename(*args)
+
+    monkeypatch.setattr(os, "replace", replace_or_die)
+    return calls
+
+
+def test_a_kill_while_a_run_is_set_aside_is_put_right(finished, tmp_path, monkeypatch):
+    """At every rename, and again at every rename of the putting right."""
+    run, before = tmp_path / "run", content(finished.out)
+    shutil.copytree(finished.out, run)
+    n, ended = 0, False
+    while not ended:
+        with monkeypatch.context() as patch:
+            killed_at(patch, n)
+            try:
+                train.set_aside(run)
+                ended = True
+            except Killed:
+                with pytest.raises((ValueError, FileNotFoundError)) if n else contextlib.nullcontext():
+                    model.read_model(run)  # neither does half of it open as a model
+        if not ended:
+            with monkeypatch.context() as patch, contextlib.suppress(Killed):
+                killed_at(patch, n // 2)
+                train.tidy(run)
+            train.tidy(run)
+            assert content(run) == before, n
+        n += 1
+    assert n > 10 and content(run / ".replaced") == before and train.own_files(run) == []
+    train.tidy(run)  # it had come as far as the new run.json, which was not written
+    assert content(run) == before
+    assert train.set_aside(run) == run / ".replaced"
+    (run / "run.json").write_bytes(before["run.json"])
+    train.tidy(run)  # now a finished run stands there
+    assert set(content(run)) == {"run.json"}
+
+
+def test_an_export_that_is_killed_leaves_no_model_or_the_new_one(finished, settings, tmp_path, monkeypatch):
+    """Over an older model too, with which no half of it may open."""
+    cfg = settings(out=str(tmp_path / "run"), steps=1, lora_rank=2)
+    shutil.copytree(finished.out, cfg.out)
+    with train.Run("sft", cfg) as run:
+        gpt = run.load(cfg.model)
+        for layer in lora.adapters(gpt).values():
+            torch.nn.init.ones_(layer.lora_B)
+        run.folder.joinpath("checkpoints").rename(tmp_path / "elsewhere")
+        n, old = 0, train.weights_sha256(model.read_model(run.folder).state_dict())
+        while True:
+            with monkeypatch.context() as patch:
+                calls = killed_at(patch, n)
+                try:
+                    train.export(gpt, cfg, run)
+                    break
+                except Killed:
+                    if calls[0]:
+                        with pytest.raises(FileNotFoundError, match="not finished"):
+                            model.find_model(cfg.out)
+                    else:
+                        model.GPT.from_pretrained(cfg.out)
+            n += 1
+        assert n > 7 and train.weights_sha256(model.GPT.from_pretrained(cfg.out).state_dict()) != old
+
+
+def test_a_finished_run_whose_model_was_deleted_is_exported_again(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.out, run)
+    weights = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").unlink()
+    (run / "config.json").unlink()
+    sft.main(replace(finished, out=str(run)))
+    assert (run / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize(("environment", "place"), [
+    ({}, (0, 1)), ({"WORLD_SIZE": "2"}, (0, 1)), ({"RANK": "1"}, None), ({"RANK": "0", "WORLD_SIZE": "2"}, None),
+    ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, None),
+    ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, None),
+    ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, (1, 2))])
+def test_processes_are_those_that_are_told_whole(environment, place, settings, tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with contextlib.nullcontext() if place else pytest.raises(ValueError, match="torchrun"):
+        run = train.Run("test", settings(out=str(tmp_path)))
+        assert (run.rank, run.world) == place
+
+
+def test_a_folder_whose_name_no_file_format_can_carry_is_refused_before_training(settings, tmp_path):
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/not \xff")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        sft.main(settings(out=out))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match=r"a file is not a folder.*\n.*--out"):
+        sft.main(settings(out=str(tmp_path / "a file"), overwrite=True))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"finished": true}', "[" * 100_000])
+def test_a_run_json_that_is_none_is_named(settings, tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json (is damaged|describes no run).*\nGive another folder: --out"):
+        sft.main(settings(out=str(tmp_path)))
+
+
 def test_a_setting_that_is_younger_than_a_run_stands_at_its_default(finished, settings, tmp_path):
     shutil.copytree(finished.out, tmp_path / "run")
     about = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -548,6 +761,78 @@ def test_what_is_said_is_plain_text(settings, tmp_path, capsys):
     assert "loss" in lines[0] and "val" in lines[1]
 
 
+def test_memory_that_ends_between_micro_batches_leaves_nothing_of_the_first(tmp_path):
+    """The step that is taken with less memory has the gradient of one that never failed."""
+    steps, calls = [[batch_of(2, 3), batch_of(5)], [batch_of(1)]], itertools.count()
+
+    def scarce(gpt, batch):
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return toy_loss(gpt, batch)
+
+    wanted, log, _ = run_toy(tmp_path / "a", steps)
+    toy, found, _ = run_toy(tmp_path / "b", steps, loss=scarce)
+    assert next(calls) == 2 + 2 + 1 + 1  # two, two again, the second step's, and that of the save
+    assert [r["grad_norm"] for r in found] == [r["grad_norm"] for r in log] and torch.equal(toy.w, wanted.w)
+
+
+def test_a_damaged_checkpoint_is_not_one_of_those_that_are_kept(tmp_path):
+    """Also where it is not the newest, so that resuming did not meet it."""
+    steps, folder = [[batch_of(1)]] * 6, tmp_path / "run" / "checkpoints"
+    run_toy(tmp_path, steps[:5], save_every=1, keep=4)
+    (folder / "step-00000004" / "state.json").write_text("{}")
+    run_toy(tmp_path, steps, save_every=1, keep=3)
+    assert {path.name for path in folder.iterdir()} == {f"step-0000000{n}" for n in (6, 5, 3)} | {
+        "damaged-step-00000004"}
+
+
+def test_what_strangers_wrote_is_shown_as_text(settings, tmp_path, capsys):
+    """A manifest's file name, a check's group and a reply: none steers the terminal or opens anything in Markdown."""
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(train.sealed({"files": {"a\x1b[2J": {"size": 1, "sha256": ""}}}))
+    with train.Run("sft", settings(out=str(tmp_path / "b\x1b[1m"))) as run:
+        assert not train.sound(folder, run)
+        run.say("c\x1b[0m")
+        out = capsys.readouterr().out
+        assert "step-00000001" in out and "c␛[0m" in out and "\x1b" not in out
+        score = {"n": 1, "correct": 1.0, "facts": 1.0, "ended": 1.0, "words": 1.0}
+        talk = [{"role": "user", "content": "````\n# no heading"}]
+        found = {"replies": [talk], "checks": {"x | y\n# z `\x1b[1m": score, "all": score}}
+        written = train._samples(run, found, found)
+        run.about |= {"lineage": [{"stage": "sft", "model": "a\n# heading", "adapter": "", "data": ["sample"]}],
+                      "seconds": 1.0, "model": {"parameters": 1}}
+        card = train.card(run, found, found, {})
+    assert "\x1b" not in card and "\n# h" not in card and card.count("\n`````\n") == 2
+    assert "\x1b" not in written and r"| x \| y # z \`␛[1m | 1 | 100% |" in written
+    assert written.count("\n`````\n") == 4 and written.startswith(f"# {tmp_path}/b␛[1m: ")
+
+
+@pytest.mark.parametrize("stage", [
+    5, {"stage": "sft"}, {"stage": "sft", "model": "gpt2", "adapter": "", "data": [5]},
+    {"stage": "sft", "model": ["gpt2"], "adapter": "", "data": []},
+    {"stage": "sft", "model": "gpt2", "adapter": "", "data": 7}], ids=str)
+def test_a_strangers_lineage_does_not_end_a_run_after_its_training(finished, tmp_path, stage):
+    """The card is written when all is trained; what it needs is looked at when the model is read."""
+    about = json.loads((Path(finished.out) / "run.json").read_text())
+    assert train.lineage_of(finished.out) == about["lineage"] != []
+    for content in (about | {"lineage": [*about["lineage"], stage]}, about | {"lineage": stage}, [stage]):
+        (tmp_path / "run.json").write_text(json.dumps(content))
+        assert train.lineage_of(tmp_path) == []
+
+
+def test_commands_that_are_suggested_can_be_pasted(finished, settings, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "a run; ls"
+    shutil.copytree(finished.out, run)
+    sft.main(replace(finished, out=str(run)))
+    cfg = settings(data=("a b.jsonl",), language="e n", out=str(run), model="m n")
+    said = capsys.readouterr().out.replace("\n", " ") + " " + sft.next_commands(cfg) + " " + train.advice(cfg, 3)
+    shlex.split(said)
+    for wanted in (f"--model '{run}'", "'a b.jsonl'", "--language 'e n'"):
+        assert wanted in said
+    assert said.count(f"--model '{run}'") == 3
+
+
 def test_curves_are_labelled_and_drawn(finished, tmp_path, monkeypatch):
     from matplotlib import image, pyplot
 
@@ -594,6 +879,43 @@ def test_compare_makes_a_table_and_a_picture(finished, tmp_path, capsys, monkeyp
     assert len(labels) == len(losses) and max(map(len, labels)) < 60
 
 
+def test_compare_replaces_only_pictures_of_its_own(finished, tmp_path, monkeypatch):
+    from matplotlib import figure
+
+    folder = fake_run(tmp_path / "$a_{b", 3.25)  # which would be a formula
+    cfg = train.Compare(runs=(finished.out, folder), out=str(tmp_path / "compare.png"))
+    for name, mine in (("run", "run.json"), ("notes", "notes.txt"), ("photo", "photo.png")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / mine).write_bytes(b"\x89PNG or whatever")
+        for out in (tmp_path / name / mine, tmp_path / name):
+            with pytest.raises(ValueError, match=r"left alone.*\n.*--out"):
+                train.compare(replace(cfg, out=str(out)))
+        assert (tmp_path / name / mine).read_bytes() == b"\x89PNG or whatever"
+    train.compare(cfg)
+    picture = (tmp_path / "compare.png").read_bytes()
+    train.compare(replace(cfg, runs=(folder,)))
+    assert picture.startswith(b"\x89PNG") and (tmp_path / "compare.png").read_bytes() not in (picture, b"")
+
+    def full(self, file, **more):
+        file.write_bytes(b"half")
+        raise OSError("no space")
+
+    before = content(tmp_path)
+    monkeypatch.setattr(figure.Figure, "savefig", full)
+    with pytest.raises(OSError, match="no space"):
+        train.compare(cfg)
+    assert content(tmp_path) == before
+
+
+def test_a_strangers_metrics_are_numbers_or_nothing(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": "\x1b[2J"}\n{"step": "2", "loss": 2.0}\n\xff\n[1]\n'
+                                             + b"[" * 100_000 + b'\n{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
+    assert train.read_metrics(tmp_path) == [{"step": 1, "loss": 2.5}]
+    (tmp_path / "run.json").write_text('{"stage": 1, "config": {}, "after": {"checks": {"all": {"correct": "much"}}}}')
+    with pytest.raises(ValueError, match=r"run\.json"):
+        train.compare(train.Compare(runs=(str(tmp_path),), out=str(tmp_path / "x.png")))
+
+
 def test_checks_table_shows_before_and_after(capsys):
     from rich.console import Console
 
@@ -617,6 +939,10 @@ def test_a_tracker_gets_what_is_logged_and_is_named_if_missing(tmp_path, monkeyp
         with pytest.raises(ValueError, match=r"not installed: uv sync --extra wandb"):
             train.Run("sft", sft.Config(tracker="wandb", out=str(tmp_path / "other"))).__enter__()
     assert not (tmp_path / "other").exists()  # it is told before anything takes time
+    wandb.log = lambda record, step: 1 / 0
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    _, log, _ = run_toy(tmp_path / "third", [[batch_of(1)]] * 2, tracker="wandb")
+    assert [r["step"] for r in log] == [1, 2]  # a service's trouble is not the run's
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -744,12 +1070,13 @@ def failures(folder, tiny_model, chats):
     (folder / "llama" / "config.json").write_text('{"model_type": "llama", "n_embd": 8}')
     (folder / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}, '
                                       '{"role": "assistant", "content": "Hello"}]}\n{"messages": 5}\n')
-    poisoned, too_large = folder / "poisoned", folder / "too_large"  # the second is read, and computes NaN
-    for path, value in ((poisoned, math.nan), (too_large, 3e38)):
-        model.GPT.from_pretrained(tiny_model).save_pretrained(path)
-        weights = load_file(path / "model.safetensors")
-        weights["transformer.h.1.mlp.c_fc.weight"][:] = value
-        save_file(weights, path / "model.safetensors")
+    poisoned = folder / "poisoned"
+    model.GPT.from_pretrained(tiny_model).save_pretrained(poisoned)
+    weights = load_file(poisoned / "model.safetensors")
+    save_file(weights | {"transformer.ln_f.weight": torch.full((32,), 3e38)}, poisoned / "model.safetensors")
+    shutil.copytree(poisoned, folder / "broken")
+    weights["transformer.h.1.mlp.c_fc.weight"][3, 3] = math.nan
+    save_file(weights, folder / "broken" / "model.safetensors")
     tiny = ["--model", str(tiny_model), "--data", chats]
     quick = ["--checks", "", "--steps", "5", "--batch-size", "4", "--warmup", "0", "--eval-every", "0", "--prompts"]
     return {
@@ -764,9 +1091,10 @@ def failures(folder, tiny_model, chats):
                       ["bad.jsonl:2", "messages", "--bad-rows skip"]),
         "no checks": (sft, [*tiny, "--checks", "nowhere.jsonl"], 2, ["nowhere.jsonl"]),
         "too high a rate": (sft, [*tiny, *quick, "--lr", "1e30"], 1, ["step 2", "nan", "--lr"]),
-        "a poisoned weight": (sft, ["--model", str(poisoned), "--data", chats, *quick], 2, ["c_fc", "not finite"]),
-        "too large a weight": (sft, ["--model", str(too_large), "--data", chats, *quick], 1, ["nan", "weights of"]),
-        "not found at once": (sft, ["--model", str(too_large), "--data", chats, *quick, "--val-fraction", "0"], 1,
+        "a weight that is no number": (sft, ["--model", str(folder / "broken"), "--data", chats, *quick], 2,
+                                       ["broken", "h.1.mlp.c_fc.weight", "not finite"]),
+        "a poisoned weight": (sft, ["--model", str(poisoned), "--data", chats, *quick], 1, ["nan", "weights of"]),
+        "not found at once": (sft, ["--model", str(poisoned), "--data", chats, *quick, "--val-fraction", "0"], 1,
                               ["step 1", "nan", "rows"]),
         "too long a context": (sft, [*tiny, "--context", "2048"], 2, ["2048", "1024"]),
         "no LoRA target": (sft, [*tiny, "--lora-rank", "2", "--lora-targets", "q_proj"], 2, ["q_proj", "c_attn"]),
