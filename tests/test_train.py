@@ -776,6 +776,22 @@ def test_memory_that_ends_between_micro_batches_leaves_nothing_of_the_first(tmp_
     assert [r["grad_norm"] for r in found] == [r["grad_norm"] for r in log] and torch.equal(toy.w, wanted.w)
 
 
+def test_what_is_resumed_is_in_memory_before_the_first_step(tmp_path):
+    """AdamW's moments are there from the beginning, and no longer those of a checkpoint's file once it is read."""
+    run_toy(tmp_path, [[batch_of(1)]] * 2, save_every=1)
+    toy, cfg = Toy(), sft.Config(out=str(tmp_path / "run"), prompts=())
+    with train.Run("toy", cfg) as run:
+        optimizer = train.make_optimizer(toy, cfg)
+        assert all(not moment.any() for p in toy.parameters() for moment in optimizer.state[p].values())
+        assert [len(optimizer.state[p]) for p in toy.parameters()] == [3, 3]
+        assert train.load_checkpoint(toy, optimizer, run).step == 2
+    held = [*toy.parameters(), *(moment for p in toy.parameters() for moment in optimizer.state[p].values())]
+    before = [tensor.detach().clone() for tensor in held]
+    for file in (tmp_path / "run" / "checkpoints").glob("*/*.safetensors"):
+        file.write_bytes(bytes(file.stat().st_size))
+    assert all(tensor.any() and torch.equal(tensor, was) for tensor, was in zip(held, before, strict=True))
+
+
 def test_a_damaged_checkpoint_is_not_one_of_those_that_are_kept(tmp_path):
     """Also where it is not the newest, so that resuming did not meet it."""
     steps, folder = [[batch_of(1)]] * 6, tmp_path / "run" / "checkpoints"
