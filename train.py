@@ -380,9 +380,6 @@ def to_device(batch: data.Batch, device: torch.device) -> data.Batch:
 # ---- when a step cannot be taken -----------------------------------------------------------------
 
 
-AGAIN = "run the same command again (without --overwrite)"
-
-
 def with_less_memory(accumulate, loss, optimizer, train_batches, state: State, cfg: Settings, run: Run):
     """accumulate(...); where memory runs out in the first steps, with half the micro-batches and the same gradient."""
     while True:
@@ -395,7 +392,7 @@ def with_less_memory(accumulate, loss, optimizer, train_batches, state: State, c
             if state.step >= 3 or run.world > 1 or state.budget <= 128:
                 raise MemoryError(
                     f"out of memory in step {state.step + 1} with micro-batches of {state.budget} tokens.\n"
-                    f"If another program took it, {AGAIN}: it goes on from the last checkpoint.\n"
+                    f"If another program took it, {run.again}: it goes on from the last checkpoint.\n"
                     f"Else --overwrite and --micro-batch-tokens {state.budget // 2}, --recompute, --lora-rank 8 or "
                     "--model.") from None
             state.budget //= 2
@@ -533,6 +530,11 @@ class Run:
                 os.write(2, f"\n{self.stopping}\n".encode())
 
     @property
+    def again(self) -> str:
+        """How to go on; --overwrite, given again, would begin anew."""
+        return "run the same command again" + ", without --overwrite," * self.cfg.overwrite
+
+    @property
     def stopping(self) -> str:
         """What a first signal is answered with; "" before it."""
         return (f"{signal.Signals(self.signal).name}: stopping as soon as a checkpoint is saved (again to stop at once)"
@@ -551,7 +553,7 @@ class Run:
             log.close()  # the bar ends above what is said now
             save()
             if asked:
-                self.say(f"stopped after step {state.step} of {self.cfg.steps}; {AGAIN} to go on")
+                self.say(f"stopped after step {state.step} of {self.cfg.steps}; {self.again} to go on")
             raise stop from None
         finally:
             self.training = False
@@ -576,7 +578,7 @@ class Run:
         try:
             yield leave
         except Interrupted:
-            self.say("stopped, and what was computed is saved; run the same command again to go on")
+            self.say(f"stopped, and what was computed is saved; {self.again} to go on")
             raise
         finally:
             self.training = False
@@ -1320,7 +1322,8 @@ def writing(what: Path, size: int = 0):
                       f"{what} could not be written: {getattr(error, 'strerror', None) or error}\n"
                       + (f"It needs {size:,} bytes; " if size else "") + f"{free:,} bytes are free. "
                       "Earlier checkpoints are untouched.\n"
-                      f"Make room, then {AGAIN}: it goes on from the newest checkpoint.") from None
+                      "Make room, then run the same command again, without --overwrite: it goes on from the newest "
+                      "checkpoint.") from None
 
 
 def sha256(path: Path) -> str:

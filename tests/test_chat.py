@@ -15,6 +15,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import terminals
@@ -400,6 +401,7 @@ def session(folder, monkeypatch, *lines, **settings):
     monkeypatch.chdir(folder)
     cfg = {"temperature": 1.0, "min_p": 0.0, "max_new_tokens": 8, "seed": 7} | settings
     talk = chat.Session(chat.Config(**cfg), chat.Screen(), ["random"])
+    talk.unsaved = SimpleNamespace(saved="")
     for line in lines:
         talk.handle(line)
     return talk

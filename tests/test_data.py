@@ -1280,6 +1280,7 @@ def test_a_file_system_that_syncs_no_folders_is_taken_as_it_is(tmp_path, monkeyp
     fails_with(errno.EIO)  # which is another matter
     with pytest.raises(OSError, match="Input/output"):
         data.write_file(tmp_path / "a", "more")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]  # and nothing half done
 
 
 # ---- hostile input -------------------------------------------------------------------------------

@@ -989,7 +989,7 @@ def test_a_model_in_memory_is_what_was_read_whatever_becomes_of_its_file(copy, d
 def test_what_is_no_gpt2_is_not_saved_as_one(tmp_path):
     """transformers would open it, and begin at random what it misses."""
     gpt = random_gpt().float()
-    model.quantise(gpt)
+    model.for_generation(gpt, "int8")
     with pytest.raises(ValueError, match=r"'h\.0\.attn\.c_attn\.int8' is not as in a GPT-2.*save the model"):
         gpt.save_pretrained(tmp_path / "new")
     with pytest.raises(ValueError, match=r"'wpe\.weight' is not as in a GPT-2"):

@@ -398,7 +398,7 @@ def slow_evaluation() -> None:
     evaluate = train.evaluate
 
     def slow(loss, batches, run):
-        if batches and (run.folder / "checkpoints").is_dir():
+        if batches and (run.folder / "checkpoints" / "step-00000002").is_dir():  # before that save, one batch is tried
             print("evaluating", flush=True)
             wait_until(lambda: run.signal)
         return evaluate(loss, batches, run)

@@ -792,6 +792,13 @@ def test_what_is_resumed_is_in_memory_before_the_first_step(tmp_path):
     assert all(tensor.any() and torch.equal(tensor, was) for tensor, was in zip(held, before, strict=True))
 
 
+def test_the_way_on_is_not_the_way_back(settings, tmp_path):
+    """After --overwrite the same command would begin anew."""
+    for overwrite in (False, True):
+        run = train.Run("sft", settings(out=str(tmp_path), overwrite=overwrite))
+        assert ("without --overwrite" in run.again) == overwrite
+
+
 def test_a_damaged_checkpoint_is_not_one_of_those_that_are_kept(tmp_path):
     """Also where it is not the newest, so that resuming did not meet it."""
     steps, folder = [[batch_of(1)]] * 6, tmp_path / "run" / "checkpoints"
