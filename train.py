@@ -1433,7 +1433,11 @@ def _tracker(run: Run):
     if run.cfg.tracker == "tensorboard":
         writer = package.SummaryWriter(run.folder / "tensorboard")
         return lambda r: ([writer.add_scalar(k, v, r["step"]) for k, v in r.items() if k != "step"], writer.flush())
-    package.init(project="gpt2-chat", name=run.folder.name, config=asdict(run.cfg))
+    try:
+        package.init(project="gpt2-chat", name=run.folder.name, config=asdict(run.cfg))
+    except Exception as error:  # of whatever kind: nobody is logged in, or there is no network
+        raise ValueError(f"--tracker {run.cfg.tracker} cannot begin: {data.excerpt(error)}\n"
+                         "Log in to it, or leave out --tracker, which may differ when a run goes on") from None
     return lambda r: package.log({k: v for k, v in r.items() if k != "step"}, step=r["step"])
 
 
