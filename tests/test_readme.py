@@ -1,4 +1,4 @@
-"""Every command of the README parses, every Python block in it runs."""
+"""Every command of the two READMEs parses, every Python block in them runs."""
 
 import dataclasses
 import importlib
@@ -19,7 +19,7 @@ import lora
 import model
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "tests/benchmarks/README.md"))
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line and line[0] != "#"]
 COMMANDS = list(dict.fromkeys(COMMANDS + re.findall(r"`(uv run [^`]+)`", README)))  # those inside a sentence too
@@ -83,8 +83,8 @@ def test_snippet_runs(snippet, tmp_path, monkeypatch, tiny_model):
         assert "Hello!" in data.text_of(rows[0].ids) + data.text_of(rows[1].ids)
     if "narrow" in names:
         assert model.GPT.from_pretrained("runs/narrow").config == names["narrow"]
-    if "hinge" in names:
+    if "exponential" in names:
         import torch
 
         side = dpo.Replies(torch.tensor([-1.0]), torch.tensor([-1.0]), torch.tensor([1.0]))
-        assert dpo.LOSSES.pop("hinge")(side, side, dpo.Config()).item() == 1.0
+        assert dpo.LOSSES.pop("exponential")(side, side, dpo.Config()).item() == 1.0
