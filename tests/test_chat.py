@@ -1337,7 +1337,7 @@ def test_models(terminal):
 
 def test_verbose(terminal):
     terminal.say("/set verbose")
-    assert re.search(r"\(\d+ tokens in [\d.]+ s, \d+ a second, the first after [\d.]+ s\)", terminal.say("Hello"))
+    assert re.search(r"\(\d+ tokens in [\d.]+ s, [\d,]+ a second, the first after [\d.]+ s\)", terminal.say("Hello"))
     assert "verbose             on" in terminal.say("/set")
     assert "verbose is on or off, not 'loud'." in terminal.say("/set verbose loud")
     terminal.say("/set max_new_tokens 3")
@@ -1619,7 +1619,7 @@ def test_compare_without_a_terminal(piped):
 def test_words_are_a_prompt_with_what_comes_through_a_pipe(piped, folder):
     code, out, err = piped["words"]
     assert code == 0 and re.fullmatch(r"(\w+\.? )+\w+\.?\n", out)
-    assert re.fullmatch(r"\(\d+ tokens in [\d.]+ s, \d+ a second, the first after [\d.]+ s\)\n", err)
+    assert re.fullmatch(r"\(\d+ tokens in [\d.]+ s, [\d,]+ a second, the first after [\d.]+ s\)\n", err)
     prompt = data.render([{"role": "user", "content": "What is this?\n\nA note."}], reply=True)[0]
     said = len(data.tokenizer().encode_ordinary(" " + out.strip()))
     assert len(prompt) + said == 60 + 1  # it ends in the place of 60, which the token before, at 60, predicts
