@@ -112,12 +112,11 @@ def test_every_test_file_says_what_it_states():
 
 def calls(run) -> list[tuple[str, str]]:
     """(file, qualified name) of every function of ours that `run` calls on this thread, in order."""
-    found = []
+    found, names = [], {str(ROOT / f"{name}.py"): name for name in FILES}
 
     def watch(frame, event, _):
-        path = Path(frame.f_code.co_filename)
-        if event == "call" and path.parent == ROOT:
-            found.append((path.stem, frame.f_code.co_qualname))
+        if event == "call" and (name := names.get(frame.f_code.co_filename)):
+            found.append((name, frame.f_code.co_qualname))
 
     sys.setprofile(watch)
     try:
