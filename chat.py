@@ -659,7 +659,7 @@ def why(session: Session, argument: str) -> None:
     views = [(f"[{policy.name}: log pi, how likely it finds each word]", LIKELY, [
         (word.logp, f"{percent(word.logp)}, nearly {others}") for word, others in zip(words, nearly, strict=True)])]
     if reference:
-        views.append((f"\n[log pi - log pi_ref, the reference being {reference.name}]", MOVED, [
+        views.append((f"\n[log pi - log pi_ref, the reference being {reference.name}]", data.MOVED, [
             (word.logp - was.logp, f"{percent(word.logp)}, was {percent(was.logp)}")
             for word, was in zip(words, judged(reference.gpt, messages, positions), strict=True)]))
     for title, scale, values in views:
@@ -826,12 +826,9 @@ def unquoted(text: str) -> str:
 
 # ---- under the bonnet ----------------------------------------------------------------------------
 
-# from which value on: the colour of the background among 256, and what it means; orange and blue differ for every eye
+# as data.MOVED
 LIKELY = ((-math.inf, 208, "under 1%"), (math.log(0.01), 215, "under 10%"), (math.log(0.1), 223, "under 50%"),
           (math.log(0.5), 0, "more"))
-MOVED = ((-math.inf, 208, "under 1/10"), (-math.log(10), 215, "1/3"), (-math.log(3), 223, "2/3"),
-         (-math.log(1.5), 0, "as before"), (math.log(1.5), 153, "3/2"), (math.log(3), 75, "3"),
-         (math.log(10), 33, "over 10 times as likely"))
 
 
 def judges(session: Session) -> tuple[Chat, Chat | None, float]:
@@ -1150,21 +1147,13 @@ class Screen:
 
     def shade(self, words: list[tuple[str, float]], scale: tuple) -> None:
         """Words on backgrounds by their values, and what these mean; where there are no shades, numbers below words."""
-        words = [(" [end]" if text == data.EOT_TEXT else data.visible(text), value) for text, value in words]
         if self.shades:
             from rich.console import Console
-            from rich.text import Text
-
-            def on(text: str, value: float) -> tuple[str, str]:
-                colour = [colour for least, colour, _ in scale if least <= value][-1]
-                return text.replace("\n", "\u23ce\n"), f"color(16) on color({colour})" if colour else ""
 
             console = Console(file=self.out, width=self.width(), force_terminal=True, color_system="256")
-            console.print(Text.assemble(*(on(*word) for word in words)))
-            legend = (part for least, _, meaning in scale for part in (on(f" {meaning} ", least), " "))
-            return console.print(Text.assemble(*legend))
-        self.say("".join(f"{text}({value:+.2f})" for text, value in words))
-        self.say("(in nats: -0.69 is a half, -2.30 a tenth, +0.69 twice)", "note")
+            return console.print(*data.shades(words, scale), sep="\n")
+        self.say(data.shaded(words))
+        self.say(data.NATS, "note")
 
 
 class Wrap:

@@ -2041,6 +2041,34 @@ def transcript(messages: Conversation, width: int = 88) -> str:
     return "\n".join(shown)
 
 
+# from which value on: the colour of a background among 256, and what it means; orange and blue differ for every eye
+MOVED = ((-math.inf, 208, "under 1/10"), (-math.log(10), 215, "1/3"), (-math.log(3), 223, "2/3"),
+         (-math.log(1.5), 0, "as before"), (math.log(1.5), 153, "3/2"), (math.log(3), 75, "3"),
+         (math.log(10), 33, "over 10 times as likely"))
+NATS = "(in nats: -0.69 is a half, -2.30 a tenth, +0.69 twice)"
+
+
+def shaded(words: Iterable[tuple[str, float]]) -> str:
+    """Pieces of a text, each with its value behind it, for where there is no colour."""
+    return "".join(f"{_of_reply(text)}({value:+.2f})" for text, value in words)
+
+
+def shades(words: Iterable[tuple[str, float]], scale: tuple):
+    """The same as rich's Text on backgrounds by the values; and, as a second one, what these mean."""
+    from rich.text import Text
+
+    def on(text: str, value: float) -> tuple[str, str]:
+        colour = [colour for least, colour, _ in scale if least <= value][-1]
+        return text.replace("\n", "\u23ce\n"), f"color(16) on color({colour})" if colour else ""
+
+    legend = (part for least, _, meaning in scale for part in (on(f" {meaning} ", least), " "))
+    return Text.assemble(*(on(_of_reply(text), value) for text, value in words)), Text.assemble(*legend)
+
+
+def _of_reply(text: str) -> str:
+    return " [end]" if text == EOT_TEXT else visible(text)
+
+
 def describe(data: Data, what: str) -> str:
     """The report in words."""
     facts = data.report_json()

@@ -630,11 +630,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def generate_batch(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, stop: int = END_OF_TEXT,
-                   rows: int = 128, cached: int = 16384) -> list[list[int]]:
+                   rows: int = 128, cached: int = 16384, advance=lambda prompts: None) -> list[list[int]]:
     """The likeliest continuation of every prompt, many at a time; one that ended by itself ends with `stop`.
 
     The window does not slide here: a reply also ends where prompt and reply fill the model's positions. At once go at
-    most `rows` prompts, and so many that the cache has `cached` positions for all of them together.
+    most `rows` prompts, and so many that the cache has `cached` positions for all of them together. advance is told
+    how many more are done: after each token, a share of those at work.
     """
     replies: list[list[int]] = [[] for _ in prompts]
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -648,12 +649,14 @@ def generate_batch(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, stop
         cache = KVCache(gpt, len(group), pads, positions=longest + max_new_tokens)
         tokens = torch.tensor([prompts[i][:1] * pad + prompts[i] for i, pad in zip(group, pads, strict=True)])
         going = torch.ones(len(group), dtype=torch.bool)
-        for _ in range(max_new_tokens):
+        for done in range(1, max_new_tokens + 1):
             tokens = cache.extend(gpt, tokens.to(gpt.device)).argmax(-1).cpu()[:, None]    # (B, 1)
+            advance(len(group) / max_new_tokens)
             for row in going.nonzero()[:, 0].tolist():
                 replies[group[row]].append(int(tokens[row, 0]))
             going &= (tokens[:, 0] != stop) & (cache.length - torch.tensor(pads) < gpt.config.n_positions)
             if not going.any():
+                advance(len(group) * (1 - done / max_new_tokens))
                 break
     return replies
 
@@ -1025,6 +1028,11 @@ def memory_estimate(gpt: GPT, tokens: int, context: int, dtype: torch.dtype, sha
         block = max(block, 2 * min(tokens, TotalLogProb.ROWS) * c.vocab_size * 4)
         gradient = 2 * c.vocab_size * c.n_embd * 4
     return int((weights + 12 * learning) / shards + tokens * per_token + block + gradient)
+
+
+def memory_taken(device: torch.device) -> int:
+    """Bytes that this process has by now of the memory that the device computes in: with a CPU, Python and PyTorch."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def memory_free(device: torch.device) -> int:

@@ -29,16 +29,18 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Literal
 
 import tyro
+from rich.cells import cell_len
 from rich.console import Console
 
 import data
@@ -235,7 +237,9 @@ def measure(gpt: model.GPT, loss, val_batches: list[data.Batch], state: State, l
     if due and 0 < state.step < cfg.steps:
         whole = whole_model(gpt, run)
         if run.is_main:
-            show(f"after step {state.step}", converse(whole, cfg.prompts, cfg.reply_tokens), run)
+            with run.progress("prompts", turns(cfg.prompts)) as advance:
+                talks = converse(whole, cfg.prompts, cfg.reply_tokens, advance)
+            show(f"after step {state.step}", talks, run)
     return measured
 
 
@@ -248,11 +252,12 @@ def evaluate(loss, batches: list[data.Batch], run: Run) -> dict[str, float]:
         return {}
     sums, loss = Sums(), getattr(loss, "module", loss)  # DDP has nothing to synchronise here
     loss.eval()
-    with torch.no_grad(), run.autocast():
+    with torch.no_grad(), run.autocast(), run.progress("validation", len(batches)) as advance:
         for i, batch in enumerate(batches):
             if i:
                 run.stop_point(together=False)
             sums.add(*loss(to_device(batch, run.device)))
+            advance(1)
     loss.train()
     return means(sums.totals(run))
 
@@ -444,6 +449,11 @@ class Run:
     def __init__(self, stage: str, cfg: Settings):
         self.stage, self.cfg, self.folder = stage, cfg, Path(cfg.out)
         self.rank, self.world = place_among_processes()
+        # words wrap in a window, and nothing does in a pipe; names and replies are text, brackets or not
+        terminal = sys.stdout.isatty()
+        self.console = Console(soft_wrap=not terminal, width=None if terminal else 200, markup=False, emoji=False)
+        if terminal and "torch" not in sys.modules:  # which takes seconds
+            self.say("loading PyTorch ...")
         self.device = model.pick_device(cfg.device)
         self.dtype = torch.bfloat16 if model.pick_precision(cfg.precision, self.device) == "bf16" else torch.float32
         self.checks: list[data.Check] = []
@@ -454,12 +464,10 @@ class Run:
         self.last_batch: list[data.Batch] = []  # one of the last step's, to see that with where there is no other
         self.verified: set[str] = set()  # names of checkpoints
         self.bar = None  # the rich.progress.Progress that is on the screen
+        self.at_work = ""  # what it says instead of the last step's figures
         self.model_folder = Path()  # where the model to train is, on this disk: the Hub is asked once
         # run.json: stage, config, versions, model, data, trainable, before, seconds, after, metrics, best, finished
         self.about: dict = {"stage": stage, "config": asdict(cfg), "versions": versions(self.device)}
-        # words wrap in a window, and nothing does in a pipe; names and replies are text, brackets or not
-        terminal = sys.stdout.isatty()
-        self.console = Console(soft_wrap=not terminal, width=None if terminal else 200, markup=False, emoji=False)
 
     @property
     def is_main(self) -> bool:
@@ -582,6 +590,26 @@ class Run:
             raise
         finally:
             self.training = False
+
+    @contextlib.contextmanager
+    def progress(self, what: str, total: float):
+        """data.progress; while the loop's own bar is on the screen, a share of the total in its last column."""
+        if not self.bar:
+            with data.progress(what, total) as advance:
+                yield advance
+            return
+        done = 0.0
+
+        def advance(more: float) -> None:
+            nonlocal done
+            done += more
+            self.at_work = f"{what} {done / max(total, 1):.0%}"
+
+        try:
+            advance(0)
+            yield advance
+        finally:
+            self.at_work = ""
 
     def stop_point(self, together: bool = True) -> None:
         """Raise Interrupted if a signal has come; several processes decide together, or not at all."""
@@ -772,14 +800,16 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
     report = rows.report_json()
     old = open_folder(run, {"data": {"sha256": rows.fingerprint, **report}, "trainable": learning})
     if old.get("finished"):
-        run.say(f"{run.folder} is finished. Talk to it: uv run chat.py --model {shlex.quote(str(run.folder))}\n"
-                "To train it once more: --overwrite, or another folder: --out")
+        out = shlex.quote(str(run.folder))
+        run.say(f"{run.folder} is finished. Talk to it: uv run chat.py --model {out}\n"
+                f"To train it further: --model {out} --out {out}-2; to train it anew: --overwrite")
         return False
     about = run.about["model"]
     loaded = sum(p.numel() * p.element_size() for p in gpt.parameters())
-    need = model.memory_estimate(gpt, max(cfg.micro_batch_tokens, cfg.context), cfg.context, run.dtype,
-                                 run.world if cfg.fsdp else 1)
-    free = model.memory_free(run.device) + loaded  # the estimate has the weights in it
+    taken = max(loaded, model.memory_taken(run.device))  # on a CPU by Python, PyTorch and the data too
+    need = taken - loaded + model.memory_estimate(gpt, max(cfg.micro_batch_tokens, cfg.context), cfg.context, run.dtype,
+                                                  run.world if cfg.fsdp else 1)  # which has the weights in it
+    free = taken + model.memory_free(run.device)
     dropped, unused = ", ".join(f"{n:,} {why}" for why, n in report["dropped"].items()), ", ".join(report["unused"])
     passes = cfg.steps * cfg.batch_size / len(rows.train)
     facts = {
@@ -810,7 +840,9 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
     if "before" not in run.about:
         if cfg.prompts or run.checks:
             run.say("answering prompts and checks before the first step ...")
-        run.note(before=assess(gpt, cfg, run))
+        # of the model as it stands on the disk, in fp32: so the last stage's scores after and this one's before are the
+        # same. The one in training has frozen weights in bf16, of the base for one stage and merged ones for the next
+        run.note(before=assess(run.start_model().to(run.device), cfg, run) if run.is_main else {})
     if run.is_main:
         show("before training", run.about["before"]["replies"], run)
     return True
@@ -818,20 +850,25 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
 
 def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command: str) -> dict:
     """Export the model, answer the prompts again, draw the curves, and name the next command."""
+    run.say("\nwriting the model, answering prompts and checks ...")
     export(gpt, cfg, run)
-    after = assess(gpt, cfg, run)
     if not run.is_main:
         return metrics
+    trained = model.read_model(run.folder).to(run.device)
+    after = assess(trained, cfg, run)
+    moved = likelier(trained, after["replies"], run)
     before, final = run.about["before"], {k: v for k, v in metrics.items() if k != "step"}
+    run.note(after=after)
     with writing(run.folder / "curves.png"):
         plot_curves([run.folder], run.folder / "curves.png")
-        write_file(run.folder / "samples.md", _samples(run, before, after))
+        write_file(run.folder / "samples.md", _samples(run, before, after, moved))
         write_file(run.folder / "README.md", card(run, before, after, final))
     measured = [r for r in history(run.folder) if "val_loss" in r]
     best = min(measured, key=lambda r: r["val_loss"], default=None)
-    run.note(after=after, metrics=final, best=best, finished=True)
+    run.note(metrics=final, best=best, finished=True)
     tidy(run.folder)  # the run that this one replaced, if any, may go now
     show("after training", after["replies"], run)
+    show_likelier(moved, run)
     if "checks" in after:
         run.console.print(checks_table(before.get("checks", {}), after["checks"]))
     run.say(f"\ntrained in {run.about['seconds']:,.0f} s, {run.about['seconds'] / cfg.steps:,.3g} s a step all told")
@@ -845,31 +882,35 @@ def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command:
 
 
 def assess(gpt: model.GPT, cfg: Settings, run: Run) -> dict:
-    """What the model answers to the run's prompts and how it does on its checks; {} on other ranks than 0."""
-    gpt = whole_model(gpt, run)
-    if not run.is_main:
-        return {}
-    found = {"replies": converse(gpt, cfg.prompts, cfg.reply_tokens)}
-    if run.checks:
-        replies = answer(gpt, [check.messages for check in run.checks], cfg.reply_tokens)
-        found["checks"] = data.tally([data.judge(check, text, ended)
-                                      for check, (text, ended) in zip(run.checks, replies, strict=True)])
+    """What a model answers to the run's prompts and how it does on its checks."""
+    with run.progress("prompts and checks", turns(cfg.prompts) + len(run.checks)) as advance:
+        found = {"replies": converse(gpt, cfg.prompts, cfg.reply_tokens, advance)}
+        if run.checks:
+            replies = answer(gpt, [check.messages for check in run.checks], cfg.reply_tokens, advance)
+            found["checks"] = data.tally([data.judge(check, text, ended)
+                                          for check, (text, ended) in zip(run.checks, replies, strict=True)])
     return found
 
 
-def answer(gpt: model.GPT, conversations: list[data.Conversation], max_new_tokens: int) -> list[tuple[str, bool]]:
-    """The likeliest reply to each conversation, and whether it ended by itself."""
+def answer(gpt: model.GPT, conversations: list[data.Conversation], max_new_tokens: int,
+           advance=lambda replies: None) -> list[tuple[str, bool]]:
+    """The likeliest reply to each conversation, and whether it ended by itself; advance is told how many more are."""
     room = gpt.config.n_positions - min(max_new_tokens, gpt.config.n_positions // 2)
     conversations = [data.without_oldest(c, room, reply=True) for c in conversations]
     prompts = [data.render(c, reply=True)[0].tolist()[-room:] for c in conversations]
     training = gpt.training
     gpt.eval()
-    replies = model.generate_batch(gpt, prompts, max_new_tokens)
+    replies = model.generate_batch(gpt, prompts, max_new_tokens, advance=advance)
     gpt.train(training)
     return [(data.text_of([t for t in ids if t != data.EOT]).strip(), data.EOT in ids) for ids in replies]
 
 
-def converse(gpt: model.GPT, prompts: tuple[str, ...], max_new_tokens: int) -> list[data.Conversation]:
+def turns(prompts: tuple[str, ...]) -> int:
+    return sum(len(prompt.split(" | ")) for prompt in prompts)
+
+
+def converse(gpt: model.GPT, prompts: tuple[str, ...], max_new_tokens: int,
+             advance=lambda replies: None) -> list[data.Conversation]:
     """Each prompt's turns (separated by " | ") put to the model one after another."""
     turns = [prompt.split(" | ") for prompt in prompts]
     talks: list[data.Conversation] = [[] for _ in prompts]
@@ -877,15 +918,60 @@ def converse(gpt: model.GPT, prompts: tuple[str, ...], max_new_tokens: int) -> l
         asked = [i for i in range(len(talks)) if turn < len(turns[i])]
         for i in asked:
             talks[i].append({"role": "user", "content": turns[i][turn]})
-        for i, (text, _) in zip(asked, answer(gpt, [talks[i] for i in asked], max_new_tokens), strict=True):
+        for i, (text, _) in zip(asked, answer(gpt, [talks[i] for i in asked], max_new_tokens, advance), strict=True):
             talks[i].append({"role": "assistant", "content": text})
     return talks
 
 
 def show(when: str, talks: list[data.Conversation], run: Run) -> None:
-    """What the model answers, with a heading that says when."""
+    """What the model answers, with a heading that says when, at the window's width."""
     if talks:
-        run.say("\n\n".join([f"\n{when}:", *map(data.transcript, talks)]))
+        width = min(88, run.console.width)
+        run.say("\n\n".join([f"\n{when}:", *(data.transcript(talk, width) for talk in talks)]))
+
+
+Words = list[tuple[str, float]]  # pieces of a reply, mostly tokens, and a number for each
+
+
+def likelier(gpt: model.GPT, talks: list[data.Conversation], run: Run) -> list[list[Words]]:
+    """Of each talk's replies, by how much each word is likelier than before the run: log pi - log pi_ref, in nats.
+
+    Nothing where the model that the run began from is another one by now, or a talk is too long.
+    """
+    try:
+        reference = run.start_model()
+    except (OSError, ValueError):
+        return [[] for _ in talks]
+    if weights_sha256(reference.state_dict()) != run.about["model"]["sha256"]:
+        return [[] for _ in talks]
+    reference.to(run.device).eval()
+    found = []
+    for talk in talks:
+        ids, mask = data.render(data.without_oldest(talk, gpt.config.n_positions))
+        found.append([])
+        if len(ids) > gpt.config.n_positions:
+            continue
+        logp, was = (np.pad(model.scores(m.eval(), ids.tolist(), 1)[0].numpy(), (1, 0)) for m in (gpt, reference))
+        for part in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(mask)) + 1):
+            if mask[part[0]]:
+                pieces = data.pieces(ids[part].tolist())
+                starts = np.cumsum([0, *(tokens for _, tokens in pieces)])[:-1]
+                moves = np.add.reduceat((logp - was)[part], starts).tolist()
+                found[-1].append([(text, move) for (text, _), move in zip(pieces, moves, strict=True)])
+    return found
+
+
+def show_likelier(moved: list[list[Words]], run: Run) -> None:
+    """The replies on backgrounds that say which words became likelier; as numbers where there is no colour."""
+    if not (replies := list(chain.from_iterable(moved))):
+        return
+    run.say(f"which words of these {run.stage} made likelier, log pi - log pi before:\n")
+    shades = run.console.color_system in ("256", "truecolor") and not run.console.no_color
+    for words in replies:
+        text, legend = data.shades(words, data.MOVED)
+        run.console.print(text if shades else data.shaded(words), end="\n\n")
+    run.console.print(legend if shades else data.NATS, highlight=False)
+    run.say()
 
 
 def score_cells(score: dict) -> dict[str, str]:
@@ -905,23 +991,44 @@ def checks_table(before: dict, after: dict):
         table.add_column(heading.replace("facts ", "facts\n").replace("words ", "words\n").replace("by ", "by\n"),
                          justify="left" if heading == "group" else "right", overflow="fold")
     for group, now in after.items():
-        cells = zip(score_cells(before.get(group, now)).values(), score_cells(now).values(), strict=True)
-        table.add_row(Text(data.visible(group)), str(now["n"]), *(f"{was} -> {is_}" for was, is_ in cells))
+        table.add_row(Text(data.visible(group)), str(now["n"]), *_changes(before.get(group, now), now))
     return table
 
 
-def _samples(run: Run, before: dict, after: dict) -> str:
+def _changes(before: dict, after: dict) -> list[str]:
+    cells = zip(score_cells(before).values(), score_cells(after).values(), strict=True)
+    return [f"{was} -> {now}" for was, now in cells]
+
+
+def _samples(run: Run, before: dict, after: dict, moved: list[list[Words]]) -> str:
+    """The same questions before and after, side by side; below, which words of the answers have become likelier."""
     parts = [f"# {_cell(run.folder)}: the same prompts before and after {run.stage}\n"]
-    for title, found in (("Before", before), ("After", after)):
-        parts.append(f"## {title}\n")
-        parts += map(_fenced, found["replies"])
-        if "checks" in found:
-            headings = ["checks", "questions", *score_cells(found["checks"]["all"])]
-            parts += [_line(headings), f"|{'---|' * len(headings)}"]
-            parts += [_line([group, score["n"], *score_cells(score).values()])
-                      for group, score in found["checks"].items()]
-            parts.append("")
+    for was, now, replies in zip(before["replies"], after["replies"], moved, strict=True):
+        parts.append(f"## {data.excerpt(now[0]['content'])}\n")
+        parts.append(_fenced(_beside("before", "after") + "\n\n" + "\n".join(
+            _beside(*(data.transcript([message], 43) for message in both)) for both in zip(was, now, strict=True))))
+        if replies:
+            parts.append(f"Each word of the replies after {run.stage}: log pi - log pi before, "
+                         f"{data.NATS.strip('()')}.\n")
+            parts.append(_fenced("\n\n".join(textwrap.fill(data.shaded(words), 88) for words in replies)))
+    if "checks" in after:
+        parts.append("## Checks, before -> after\n")
+        parts += [_line(["checks", "questions", *score_cells(after["checks"]["all"])]), "|---" * 6 + "|"]
+        parts += [_line([group, now["n"], *_changes(before.get("checks", {}).get(group, now), now)])
+                  for group, now in after["checks"].items()] + [""]
     return "\n".join(parts)
+
+
+def _beside(left: str, right: str) -> str:
+    """Two texts in columns of 44 characters."""
+    lines = zip_longest(left.split("\n"), right.split("\n"), fillvalue="")
+    return "\n".join((line + " " * max(1, 45 - cell_len(line)) + other).rstrip() for line, other in lines)
+
+
+def _fenced(text: str) -> str:
+    """A text as a block of Markdown, between fences that are longer than any in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}\n"
 
 
 CARD = """\
@@ -981,16 +1088,9 @@ def card(run: Run, before: dict, after: dict, final: dict) -> str:
         metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
         title=_cell(run.folder.name), name=run.folder.name, history=_cell(history), figures="\n".join(figures),
         question=after["replies"][0][0]["content"] if after["replies"] else "Hello!",
-        talk="".join(f"{_fenced(talk)}\n" for talk in after["replies"][:1]),
+        talk="".join(f"{_fenced(data.transcript(talk))}\n" for talk in after["replies"][:1]),
         seconds=about["seconds"], **{key: about["versions"][key] for key in ("device", "torch")},
         settings=_cell(settings))
-
-
-def _fenced(talk: data.Conversation) -> str:
-    """A conversation as a block of Markdown, between fences that are longer than any in the text."""
-    shown = data.transcript(talk)
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
-    return f"{fence}\n{shown}\n{fence}\n"
 
 
 def _line(cells) -> str:
@@ -1338,26 +1438,29 @@ class Log:
     """metrics.jsonl, the progress on screen, and a tracker if one was asked for."""
 
     def __init__(self, run: Run, state: State):
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
         from rich.table import Column
         from rich.text import Text
 
+        left = TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True))
+        of = "step {task.completed}/{task.total}"
+
         class Latest(TextColumn):
             def render(self, task) -> Text:
-                return Text(run.stopping or task.description)
+                others = len(of.format(task=task)) + 8 + len(left.render(task)) + 1 + 4  # bar, time, spinner, gaps
+                return Text(run.stopping or run.at_work or summary(latest, run.console.width - others))
 
-        self.run, self.path, self.latest = run, run.folder / "metrics.jsonl", {}
+        self.run, self.path = run, run.folder / "metrics.jsonl"
+        self.latest = latest = {}
         if run.is_main:  # the line of the checkpoint's step and those after it will be written again
             records = read_metrics(run.folder) if self.path.is_file() else []
             write_file(self.path, "".join(json.dumps(r) + "\n" for r in records if r["step"] < state.step))
             self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self.tracker = _tracker(run) if run.is_main else None
         if run.is_main and run.console.is_interactive and sys.stdout.isatty():
-            whole, folded = Column(no_wrap=True), Column(overflow="fold")
-            run.bar = Progress(TextColumn("step {task.completed}/{task.total}", table_column=whole),
-                               BarColumn(bar_width=8), TimeRemainingColumn(compact=True, table_column=whole),
-                               Latest("", table_column=folded), console=run.console,
-                               speed_estimate_period=3600)  # a step may take a minute
+            run.bar = Progress(TextColumn(of, table_column=Column(no_wrap=True)), BarColumn(bar_width=8), left,
+                               SpinnerColumn("line"), Latest("", table_column=Column(overflow="fold")),
+                               console=run.console, speed_estimate_period=3600)  # a step may take a minute
             self.task = run.bar.add_task("", total=run.cfg.steps, completed=state.step)
             run.bar.start()
 
@@ -1374,10 +1477,8 @@ class Log:
                 self.tracker = None
                 self.run.say(f"--tracker {self.run.cfg.tracker} gets no more (metrics.jsonl does): "
                              + data.excerpt(error))
-        self.latest |= record  # so that the bar goes on showing the last validation
-        if self.run.bar:
-            self.run.bar.update(self.task, description=summary(self.latest))
-        else:
+        self.latest.update(record)  # so that the bar goes on showing the last validation
+        if not self.run.bar:
             self.run.say(f"step {record['step']:>5}/{self.run.cfg.steps}  {summary(record)}")
 
     def advance(self, step: int) -> None:
@@ -1399,18 +1500,16 @@ class Log:
                 self.file.close()
 
 
-def summary(record: dict) -> str:
-    """One logged step on one line."""
-    parts = [f"loss {record['loss']:.4f}"] if "loss" in record else []
-    if "val_loss" in record:
-        parts.append(f"val {record['val_loss']:.4f}")
-    if "reward_accuracy" in record:
-        parts.append(f"accuracy {record['reward_accuracy']:.0%}  margin {record['reward_margin']:+.3f}  "
-                     f"chosen {record['chosen_reward']:+.3f}  rejected {record['rejected_reward']:+.3f}")
-    if "lr" in record:
-        speed = (f"{record['pairs_per_second']:.1f} pairs/s" if "pairs_per_second" in record
-                 else f"{record['tokens_per_second']:,.0f} tok/s")
-        parts.append(f"lr {record['lr']:.1e}  {speed}")
+def summary(record: dict, width: int = 1000) -> str:
+    """One logged step on one line: in a narrow window what comes first, and the loss in any."""
+    parts = [f"{name}{record[key]:{form}}{unit}" for name, key, form, unit in (
+        ("loss ", "loss", ".4f", ""), ("val ", "val_loss", ".4f", ""), ("accuracy ", "reward_accuracy", ".0%", ""),
+        ("margin ", "reward_margin", "+.3f", ""), ("chosen ", "chosen_reward", "+.3f", ""),
+        ("rejected ", "rejected_reward", "+.3f", ""), ("", "pairs_per_second", ".1f", " pairs/s"),
+        ("", "tokens_per_second", ",.0f", " tok/s"), ("lr ", "lr", ".1e", ""))
+        if key in record and not (key == "tokens_per_second" and "pairs_per_second" in record)]
+    while len(parts) > 1 and len("  ".join(parts)) > width:
+        parts.pop()
     return "  ".join(parts)
 
 
@@ -1485,7 +1584,7 @@ def history(folder: Path) -> list[dict]:
     return [start, *read_metrics(folder)]
 
 
-PANELS = [("loss", ("loss", "val_loss"), "nats"), ("learning rate", ("lr",), "rate"),
+PANELS = [("loss", ("loss", "val_loss"), "nats"),
           ("throughput", ("pairs_per_second",), "pairs / s"), ("throughput", ("tokens_per_second",), "tokens / s"),
           ("gradient norm", ("grad_norm",), "norm"),
           ("rewards (beta x log-ratio)", ("chosen_reward", "rejected_reward"), "nats"),
@@ -1498,7 +1597,10 @@ PICTURE = "gpt2-chat: train.plot_curves"  # by which a picture is known as ours
 
 
 def plot_curves(folders: list[Path], path: Path) -> None:
-    """One picture of one or several runs: a panel for each kind of measurement that they hold."""
+    """One picture of one or several runs: a panel for each kind of measurement that they hold, and one of the checks.
+
+    None of the learning rate, which follows from the settings; these stand in the title of a single run.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1512,11 +1614,24 @@ def plot_curves(folders: list[Path], path: Path) -> None:
     hidden = "tokens_per_second" if all("pairs_per_second" in keys for keys in held) else "pairs_per_second"
     present = set().union(*held) - {hidden}
     panels = [panel for panel in PANELS if present & set(panel[1])]
-    columns = min(4, len(panels)) if len(panels) != 4 else 2
-    rows = -(-len(panels) // columns)
+    checked = {name: checks for folder, name in zip(folders, runs, strict=True)
+               for name, checks in _checked(folder, name if len(runs) > 1 else "").items()}
+    count = len(panels) + bool(checked)
+    columns = min(4, count) if count != 4 else 2
+    rows = -(-count // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False)
-    for axis in axes.flat[len(panels):]:
+    for axis in axes.flat[count:]:
         axis.remove()
+    if checked:
+        groups, axis = list(dict.fromkeys(chain.from_iterable(checked.values()))), axes.flat[len(panels)]
+        for i, (name, scores) in enumerate(checked.items()):
+            places = [place + (i + 0.5) / len(checked) * 0.8 - 0.4 for place in range(len(groups))]
+            axis.barh(places, [scores.get(group, {}).get("correct", 0) for group in groups], 0.8 / len(checked),
+                      label=name)
+        axis.set(title="checks", xlabel="share of replies that are correct", ylabel="questions", xlim=(0, 1))
+        axis.set_yticks(range(len(groups)), [textwrap.fill(data.visible(group), 14) for group in groups])
+        axis.invert_yaxis()
+        axis.legend(fontsize="small")
     for axis, (title, keys, unit) in zip(axes.flat, panels, strict=False):
         for name, records in runs.items():
             for key in keys:
@@ -1531,10 +1646,28 @@ def plot_curves(folders: list[Path], path: Path) -> None:
         axis.grid(alpha=0.3)
         if len(keys) > 1 or len(runs) > 1:
             axis.legend(fontsize="small")
+    if len(runs) == 1:
+        figure.suptitle(_title(*folders), fontsize="medium", parse_math=False)
     figure.tight_layout()
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png", metadata={"Software": PICTURE})
     pyplot.close(figure)
+
+
+def _checked(folder: Path, name: str) -> dict[str, dict]:
+    """A run's scores by group, before and after it; of one among several, named, those after it."""
+    found = {name or when: read_about(folder).get(when, {}).get("checks", {}) for when in ("before", "after")}
+    return {label: scores for label, scores in found.items() if scores}
+
+
+def _title(folder: Path) -> str:
+    """What a run was made of, and the settings that one asks for first."""
+    about = read_about(folder)
+    cfg = about.get("config", {})
+    first = f"{folder}: {about['stage']} of {cfg.get('model')} on {' '.join(cfg.get('data', []))}" if about else folder
+    settings = [f"{option(name)} {cfg[name]}" for name in ("steps", "batch_size", "lr", "lora_rank", "loss", "beta",
+                                                           "nll") if name in cfg]
+    return data.visible(f"{first}\n{' '.join(settings)}")
 
 
 # ---- uv run train.py RUNS ------------------------------------------------------------------------

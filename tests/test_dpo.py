@@ -583,7 +583,7 @@ def test_the_curves_of_a_dpo_run_have_rewards_margin_accuracy_and_kl(learnt, tmp
     monkeypatch.setattr(pyplot, "close", shown.append)
     train.plot_curves([learnt[0].out], tmp_path / "curves.png")
     panels = {axis.get_title(): axis for axis in shown[0].axes}
-    assert len(panels) == 8 and all(axis.get_ylabel() and axis.get_xlabel() for axis in panels.values())
+    assert len(panels) == 7 and all(axis.get_ylabel() and axis.get_xlabel() for axis in panels.values())
     drawn = {line.get_label(): list(line.get_ydata()) for axis in panels.values() for line in axis.lines}
     log = records(learnt[0].out)
     for key in ("chosen_reward", "rejected_reward", "reward_margin", "reward_accuracy", "kl"):

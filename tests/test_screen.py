@@ -86,7 +86,7 @@ def scenes(place, tiny_model):
         "narrow": Terminal(*sft, "--out", "narrow", columns=40, cwd=place, NO_COLOR="1", LC_ALL="C", PYTHONUTF8="0",
                            PYTHONCOERCECLOCALE="0"),
         "dumb": Terminal(*sft, "--out", "dumb", cwd=place, TERM="dumb"),
-        "preferences": Terminal(*dpo, "--out", "preferences", cwd=place),
+        "preferences": Terminal(*dpo, "--out", "preferences", columns=132, cwd=place),
         "stopped": Terminal(*long, "--out", "stopped", cwd=place),
     }
     scenes["stopped"].see("after step 3")
@@ -133,6 +133,21 @@ def test_the_prompts_are_answered_before_during_and_after(scenes):
     places = [text.index(heading) for heading in ("before training:", "after step 3:", "after training:")]
     assert places == sorted(places) and text.count("\nWhat is 3 and 3?") == 3 and "after step 6:" not in text
     assert text.count("========== assistant ==========") == 3
+
+
+@pytest.mark.parametrize("name, columns", [("narrow", 40), ("plain", 80), ("preferences", 132)])
+def test_nothing_is_wider_than_the_window(name, columns, scenes):
+    """Replies too are wrapped once, at words, and for the window; the terminal itself has nothing to break."""
+    raw = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", scenes[name].raw.rpartition("after training")[2])
+    assert max(len(line) for line in re.split(r"[\r\n]+", raw)) <= columns
+
+
+def test_the_words_that_became_likelier_are_shaded_or_numbered(scenes):
+    for name in ("plain", "preferences"):
+        shown = scenes[name].raw.rpartition("made likelier")[2]
+        assert re.search(r"\x1b\[38;5;16;48;5;\d+m", shown) and "over 10 times as likely" in scenes[name].words
+    numbered = scenes["narrow"].words.rpartition("made likelier")[2]
+    assert re.search(r"\([+-]\d+\.\d\d\)", numbered) and "a half" in numbered
 
 
 # ---- while it trains -----------------------------------------------------------------------------

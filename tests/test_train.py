@@ -680,7 +680,8 @@ def test_a_model_of_another_vocabulary_is_refused(settings, tmp_path):
 
 def test_long_replies_leave_room_for_the_question(tiny_model, monkeypatch):
     asked = []
-    monkeypatch.setattr(model, "generate_batch", lambda gpt, prompts, most: asked.extend(prompts) or [[data.EOT]])
+    monkeypatch.setattr(model, "generate_batch",
+                        lambda gpt, prompts, most, **more: asked.extend(prompts) or [[data.EOT]])
     question = [{"role": "user", "content": "What does a baker do?"}]
     train.answer(model.GPT.from_pretrained(tiny_model), [question], 5000)
     assert asked == [data.render(question, reply=True)[0].tolist()]
@@ -737,17 +738,87 @@ def test_the_card_is_one_that_the_hub_reads(finished):
     assert ModelCard(train.card(run, about["before"], about["after"], about["metrics"])).data.license == "other"
 
 
-def test_samples_are_transcripts_of_before_and_after(finished):
+def test_samples_have_before_and_after_side_by_side(finished):
+    """A question's lines are there twice, a reply's before and after begin on one line, and the scores in one table."""
     text = (Path(finished.out) / "samples.md").read_text()
     about = json.loads((Path(finished.out) / "run.json").read_text())
-    before, after = text.split("## After")
-    for part, found in ((before, about["before"]), (after, about["after"])):
-        [talk] = found["replies"]
-        assert [m["role"] for m in talk] == ["user", "assistant"] * 2
-        assert [m["content"] for m in talk][::2] == ["Is [/b] a tag?", "Sure?"]
-        assert data.transcript(talk) in part
-        assert "| sums [/b] | 1 |" in part
-    assert "## Before" in before and about["before"]["replies"] != about["after"]["replies"]
+    [was], [now] = about["before"]["replies"], about["after"]["replies"]
+    assert [m["role"] for m in now] == ["user", "assistant"] * 2 and was != now
+    assert [m["content"] for m in now][::2] == ["Is [/b] a tag?", "Sure?"]
+    lines = text.splitlines()
+    for both in zip(was, now, strict=True):
+        left, right = (data.transcript([message], 43).split("\n")[:2] for message in both)
+        at = next(i for i, line in enumerate(lines) if line.startswith(left[0]) and lines[i + 1].startswith(left[1]))
+        assert [line[45:] for line in lines[at:at + 2]] == right
+    assert "## Is [/b] a tag?" in text and max(map(len, lines)) <= 120
+    assert re.search(r"\| sums \[/b\] \| 1 \| \d+% -> \d+% \|", text)
+
+
+def test_which_words_became_likelier(finished, tiny_model):
+    """The pieces of a reply are its text with its end, and their numbers add up to log pi - log pi_ref of it."""
+    def logp(folder, ids, mask):
+        logits = model.GPT.from_pretrained(folder)(torch.tensor([ids.tolist()]))[0, :-1]
+        return model.logprobs(logits, torch.tensor(ids[1:]).long())[torch.tensor(mask[1:])].sum().item()
+
+    about = train.read_about(finished.out)
+    run = SimpleNamespace(about=about, device=torch.device("cpu"), stage="sft",
+                          start_model=lambda: model.GPT.from_pretrained(tiny_model))
+    talks, gpt = about["after"]["replies"], model.GPT.from_pretrained(finished.out)
+    [replies] = train.likelier(gpt, talks, run)
+    assert ["".join(text for text, _ in words) for words in replies] == [
+        m["content"] + data.EOT_TEXT for m in talks[0][1::2]]
+    ids, mask = data.render(talks[0])
+    expected = logp(finished.out, ids, mask) - logp(tiny_model, ids, mask)
+    assert sum(value for words in replies for _, value in words) == pytest.approx(expected, abs=1e-3)
+    assert abs(expected) > 0.1
+    assert train.likelier(gpt, [[{"role": "user", "content": "a " * 2000}, *talks[0][1:2]]], run) == [[]]
+    run.about = about | {"model": {"sha256": "of another"}}
+    assert train.likelier(gpt, talks, run) == [[]]
+
+
+def test_the_status_line_fits_its_window():
+    """What is needed least goes first, and the loss never does."""
+    record = {"loss": 0.61234, "val_loss": 0.71234, "reward_accuracy": 0.934, "reward_margin": 1.2345,
+              "chosen_reward": -0.5, "rejected_reward": -1.7345, "pairs_per_second": 12.34, "lr": 5e-4,
+              "tokens_per_second": 12345.6}
+    assert train.summary(record) == ("loss 0.6123  val 0.7123  accuracy 93%  margin +1.234  chosen -0.500  "
+                                     "rejected -1.734  12.3 pairs/s  lr 5.0e-04")
+    assert train.summary(record, 51) == "loss 0.6123  val 0.7123  accuracy 93%  margin +1.234"[:51].rpartition("  ")[0]
+    assert train.summary(record, 52) == "loss 0.6123  val 0.7123  accuracy 93%  margin +1.234"
+    assert train.summary(record, 5) == "loss 0.6123"
+    short = {k: record[k] for k in ("loss", "lr", "tokens_per_second")}
+    assert train.summary(short, 25) == "loss 0.6123  12,346 tok/s"
+
+
+def test_the_score_after_a_stage_is_the_next_ones_before(finished, tmp_path, monkeypatch):
+    """Adapters and bf16 in training, and yet it is one model that answers at a run's end and at the next one's start."""
+    assess, asked = train.assess, []
+
+    def watched(gpt, cfg, run):
+        asked.append(train.weights_sha256(gpt.state_dict()))
+        return assess(gpt, cfg, run)
+
+    monkeypatch.setattr(train, "assess", watched)
+    monkeypatch.setattr(train, "plot_curves", lambda folders, path: None)
+    both = [replace(finished, out=str(tmp_path / name), model=start, lora_rank=2, precision="bf16", dropout=0.0)
+            for name, start in (("one", finished.model), ("two", str(tmp_path / "one")))]
+    for cfg in both:
+        sft.main(cfg)
+    base, first, second = (train.weights_sha256(model.GPT.from_pretrained(folder).state_dict())
+                           for folder in (finished.model, both[0].out, both[1].out))
+    assert asked == [base, first, first, second]
+    one, two = (train.read_about(cfg.out) for cfg in both)
+    assert one["after"] == {key: two["before"][key] for key in ("replies", "checks")}
+
+
+def test_generation_tells_how_far_it_is(tiny_model):
+    told, gpt = [], model.GPT.from_pretrained(tiny_model)
+    prompts = [[1], [2, 3], [4]]
+    stop = model.generate_batch(gpt, prompts, 1)[0][0]
+    for end, rows in ((-1, 2), (stop, 1)):
+        told.clear()
+        model.generate_batch(gpt, prompts, 5, stop=end, rows=rows, advance=told.append)
+        assert sum(told) == pytest.approx(3) and len(told) > 3
 
 
 def test_what_is_said_is_plain_text(settings, tmp_path, capsys):
@@ -863,7 +934,12 @@ def test_curves_are_labelled_and_drawn(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(pyplot, "close", shown.append)
     train.plot_curves([finished.out], tmp_path / "one.png")
     panels = {axis.get_title(): axis for axis in shown[0].axes}
-    assert {"loss", "learning rate", "throughput", "gradient norm"} == set(panels)
+    assert {"loss", "throughput", "gradient norm", "checks"} == set(panels)
+    title = shown[0].get_suptitle()
+    assert f"{finished.out}: sft of {finished.model}" in title and "--steps 4 --batch-size 4 --lr 0.0001" in title
+    scores = [train.read_about(finished.out)[when]["checks"] for when in ("before", "after")]
+    assert [bar.get_width() for bar in panels["checks"].patches] == [
+        group["correct"] for score in scores for group in score.values()]
     assert panels["throughput"].get_ylabel() == "tokens / s" and panels["loss"].get_xlabel() == "step"
     drawn = {line.get_label(): line.get_ydata() for line in panels["loss"].lines}
     assert list(drawn["loss"]) == [r["loss"] for r in records(finished.out)]
