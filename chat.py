@@ -1,5 +1,9 @@
 """Talk to models in the terminal: what is said, corrected and preferred becomes data that sft.py and dpo.py read.
 
+    uv run chat.py                                  the newest of runs/dpo and runs/sft
+    uv run chat.py "What does a tailor do?"         one answer, then out
+    uv run chat.py --compare runs/sft runs/dpo      two models side by side; --blind: unnamed until you have voted
+
 `main` tells a terminal from a pipe, `Session` is the conversation, `reply` turns messages into a stream of text, and
 `judged` says how likely a model finds a text. A reader may stop at "The terminal": `COMMANDS` holds a small function
 for everything a person can do besides talking, `Screen` and `Wrap` put text on a terminal, and `prompt_reader` reads

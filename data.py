@@ -22,6 +22,7 @@ import gzip
 import hashlib
 import heapq
 import importlib
+import inspect
 import json
 import math
 import os
@@ -43,7 +44,7 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from itertools import chain, combinations, islice, pairwise, product
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import tiktoken
 import tiktoken.load
@@ -1555,15 +1556,29 @@ def find_rows(name: str, path: Path | None) -> tuple[Path | None, str]:
     if folder or file:
         return path, split
     if name == "jsonl":
-        close = difflib.get_close_matches(str(path), DATA_SETS, n=1)
-        known = ", ".join(n for n in DATA_SETS if n != "jsonl")
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not close:
-            known += ("\nOthers of the Hub are read from a folder: uv run hf download --repo-type dataset "
-                      f"{path} --local-dir data/{path.name}")
-        raise FileNotFoundError(f"no data set and no file is called {shown!r} (in {Path.cwd()})\n"
-                                + (f"Did you mean {close[0]}?  " if close else "") + f"Known names: {known}")
+        raise not_found(path)
     makes = "\nMake it:  uv run sample/make.py" if name == "sample" else ""
     raise FileNotFoundError(f"{name}: there is no file or folder {shown!r} (in {Path.cwd()}){makes}")
+
+
+def not_found(path: Path) -> FileNotFoundError:
+    """What is wrong with a PATH that is none: its file, the NAME before its colon, or the NAME it was meant for."""
+    shown, (name, colon, rest), near, makes = visible(str(path))[:200], str(path).partition(":"), [], ""
+    known = "Known names: " + ", ".join(n for n in DATA_SETS if n != "jsonl")
+    with suppress(OSError, ValueError):
+        near = [str(path.with_name(n)) for n in difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)]
+    if colon and rest and re.fullmatch(r"[\w-]{2,}", name):
+        what, near = f"no data set is called {name!r}", difflib.get_close_matches(name, DATA_SETS, n=1)
+        near = [f"{n}:{rest}" for n in near]
+    elif path.suffix or len(path.parts) != 1:
+        what = f"no file is called {shown!r} (in {Path.cwd()})"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            makes = ("\nData sets of the Hub are read from a folder: uv run hf download --repo-type dataset "
+                     f"{path} --local-dir data/{path.name}")
+    else:
+        what = f"no data set and no file is called {shown!r} (in {Path.cwd()})"
+        near = difflib.get_close_matches(str(path), DATA_SETS, n=1) or near
+    return FileNotFoundError(f"{what}\n" + (f"Did you mean {near[0]}?  " if near else "") + known + makes)
 
 
 def file_rows(path: Path) -> Iterator[FileRow]:
@@ -2199,7 +2214,82 @@ def command_line(config: type, presets: dict[str, dict] | None = None, args: lis
         own = values.get("loss", getattr(config, "loss", first.loss))   # the loss that a preset's or a run's beta is of
         if first.loss not in ("", own):
             values = {k: v for k, v in values.items() if k != "beta"} | {"loss": first.loss}
-    return tyro.cli(config, default=config(**values), args=args, description=sys.modules[config.__module__].__doc__)
+    refuse_foreign(args, config)
+    if not hasattr(config, "groups"):
+        return tyro.cli(config, default=config(**values), args=args, description=opening(config))
+    found = tyro.cli(grouped(config, config(**values)), args=args, description=opening(config),
+                     config=(tyro.conf.OmitArgPrefixes,))
+    return config(**{f.name: getattr(part, f.name) for part in vars(found).values() for f in dataclasses.fields(part)})
+
+
+def opening(config: type) -> str:
+    """What --help begins with: what a script is for and how it is called, without what its code is like."""
+    first, *others = sys.modules[config.__module__].__doc__.split("\n\n")
+    own = "" if (config.__doc__ or "").startswith(f"{config.__name__}(") else config.__doc__  # dataclass makes one
+    return "\n\n".join([own or first, *(part for part in others if part.lstrip(" `").startswith("uv run"))])
+
+
+def grouped(config: type, default) -> type:
+    """A dataclass with a part for each of config.groups {its name: its settings}, which --help has a box for each of.
+
+    The settings that no group names are in the last one. Types, help and defaults are those of config and `default`.
+    """
+    hints, notes = get_type_hints(config, include_extras=True), comments(config)
+    group_of = {name: group for group, names in config.groups.items() for name in names}
+    parts: dict[str, list] = {group: [] for group in config.groups}
+    for f in sorted(dataclasses.fields(config), key=lambda f: [*group_of, f.name].index(f.name)):
+        parts[group_of.get(f.name, list(parts)[-1])].append(
+            (f.name, Annotated[hints[f.name], tyro.conf.arg(help=notes[f.name])],
+             field(default=getattr(default, f.name))))
+    made = {group: dataclasses.make_dataclass(group, members, namespace={"__doc__": " "})
+            for group, members in parts.items()}
+    return dataclasses.make_dataclass("Grouped", [(group, part, field(default_factory=part))
+                                                  for group, part in made.items()])
+
+
+def comments(config: type) -> dict[str, str]:
+    """{field: the comment behind it, or the lines of comment above it}, as tyro takes them for help."""
+    found, above = {}, []
+    for line in chain.from_iterable(inspect.getsource(part).split("\n") for part in reversed(config.__mro__[:-1])):
+        if match := re.match(r" {4}(\w+): (?:.*?  # (.*))?", line):
+            found[match[1]] = match[2] or " ".join(above) or found.get(match[1], "")
+        above = [*above, line.strip("# ")] if line.startswith("    #") else []
+    return found
+
+
+# {option elsewhere: ours, of which a script has one or none}
+FOREIGN = {
+    "learning-rate": "lr", "epochs": "steps", "num-epochs": "steps", "num-train-epochs": "steps", "max-steps": "steps",
+    "num-steps": "steps", "train-steps": "steps", "iterations": "steps", "max-iters": "steps", "batch": "batch-size",
+    "bs": "batch-size", "train-batch-size": "batch-size", "per-device-train-batch-size": "batch-size",
+    "global-batch-size": "batch-size", "micro-batch-size": "micro-batch-tokens",
+    "gradient-accumulation-steps": "micro-batch-tokens", "grad-accum": "micro-batch-tokens",
+    "model-name-or-path": "model", "model-name": "model", "model-path": "model", "base-model": "model",
+    "checkpoint": "model", "dataset": "data", "dataset-name": "data", "datasets": "data", "train-file": "data",
+    "train-data": "data", "data-path": "data", "output-dir": "out", "output": "out", "save-dir": "out",
+    "rank": "lora-rank", "lora-r": "lora-rank", "r": "lora-rank", "alpha": "lora-alpha",
+    "target-modules": "lora-targets",
+    "max-length": "context max-new-tokens", "max-seq-length": "context", "max-seq-len": "context",
+    "seq-len": "context", "block-size": "context", "max-tokens": "max-new-tokens", "num-predict": "max-new-tokens",
+    "eval-steps": "eval-every", "save-steps": "save-every", "logging-steps": "log-every",
+    "save-total-limit": "keep", "warmup-ratio": "warmup", "warmup-steps": "warmup", "wd": "weight-decay",
+    "adam-beta2": "beta2", "grad-clip": "clip", "max-grad-norm": "clip", "loss-type": "loss", "random-seed": "seed",
+    "dtype": "precision", "bf16": "precision", "fp16": "precision", "gradient-checkpointing": "recompute",
+    "torch-compile": "compile", "report-to": "tracker", "peft": "adapter", "lora": "adapter lora-rank",
+    "temp": "temperature", "topk": "top-k", "topp": "top-p", "repeat-penalty": "repetition-penalty",
+    "system-prompt": "system", "resume": "out", "resume-from-checkpoint": "out"}
+
+
+def refuse_foreign(args: Sequence[str], config: type) -> None:
+    """Lead from an option that other programs have to ours."""
+    known = {f.name.replace("_", "-"): comments(config)[f.name] for f in dataclasses.fields(config)}
+    for given in (arg[2:].partition("=")[0] for arg in args if arg.startswith("--")):
+        name = given.replace("_", "-")
+        for ours in () if name in known else FOREIGN.get(name, "").split():
+            if ours in known:
+                epoch = "\nAn epoch is rows / --batch-size steps; uv run data.py SPEC counts rows"
+                raise ValueError(f"there is no --{visible(given)}; here it is --{ours} ({known[ours]})"
+                                 + epoch * ("epoch" in name))
 
 
 def _saved_config(path: str, config: type) -> dict:

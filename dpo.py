@@ -61,6 +61,8 @@ class Config(Settings):
     nll: float = 0.0  # weight of an added cross-entropy on the chosen reply, which keeps it from becoming unlikely
 
     row_name: ClassVar[str] = "pairs"
+    groups = Settings.groups | {
+        "loss": ("loss", "beta", "label_smoothing", "simpo_margin", "dpop_lambda", "nll")}
 
     def __post_init__(self):
         if self.loss not in LOSSES:

@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tyro
 from rich.cells import cell_len
@@ -93,6 +93,17 @@ class Settings(data.Reading):
     config: str = ""  # a run.json whose settings are taken as defaults: repeats a run
     overwrite: bool = False  # start anew in a folder that holds another run
     debug: bool = False  # show the traceback of an error
+
+    # the boxes of --help, see data.grouped
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "first": ("preset", "model", "data", "out", "steps", "batch_size", "lr", "lora_rank"),
+        "loss": (),  # a stage's own
+        "data": ("context", "val_fraction", "language", "bad_rows", "seed"),
+        "showing": ("prompts", "checks", "reply_tokens", "val_rows", "eval_every", "log_every", "tracker"),
+        "optimiser": ("warmup", "final_lr", "weight_decay", "beta2", "clip", "dropout"),
+        "adapter": ("adapter", "lora_alpha", "lora_dropout", "lora_targets", "rslora"),
+        "machine": ("device", "precision", "micro_batch_tokens", "recompute", "compile", "fsdp"),
+        "run": ("save_every", "keep", "config", "overwrite", "debug")}
 
     def limits(self) -> dict[str, tuple[bool, str]]:
         return super().limits() | data.bounds(
@@ -1230,7 +1241,10 @@ def _differences(old: dict, new: dict, defaults: dict) -> list[str]:
     pairs += [("stage", old.get("stage"), new["stage"]),
               ("--data (sha256)", old.get("data", {}).get("sha256"), new.get("data", {}).get("sha256")),
               ("--model (sha256)", old.get("model", {}).get("sha256"), new.get("model", {}).get("sha256"))]
-    return [f"  {name}: {_short(before)} there, {_short(now)} now" for name, before, now in pairs if before != now]
+    longer = f" (to train a finished run further: --model {before['out']} --out {before['out']}-2)"
+    longer = {"--steps": longer} if old.get("finished") else {}
+    return [f"  {name}: {_short(was)} there, {_short(now)} now{longer.get(name, '')}"
+            for name, was, now in pairs if was != now]
 
 
 def _short(value) -> str:

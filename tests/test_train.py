@@ -791,7 +791,7 @@ def test_the_status_line_fits_its_window():
 
 
 def test_the_score_after_a_stage_is_the_next_ones_before(finished, tmp_path, monkeypatch):
-    """Adapters and bf16 in training, and yet it is one model that answers at a run's end and at the next one's start."""
+    """Adapters and bf16 in training, and yet one model answers at a run's end and at the next one's start."""
     assess, asked = train.assess, []
 
     def watched(gpt, cfg, run):
@@ -1095,7 +1095,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize("script", ["sft.py", "dpo.py", "train.py", "data.py"])
 def test_help_imports_nothing_slow_and_explains_every_flag(script):
     done = subprocess.run([sys.executable, "-c", HELP, script], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"COLUMNS": "400", "NO_COLOR": "1"})
+                          env=os.environ | {"COLUMNS": "129", "NO_COLOR": "1"})  # wider, boxes stand abreast
     assert done.returncode == 0, done.stderr
     config = {"sft.py": sft.Config, "dpo.py": dpo.Config, "train.py": train.Compare, "data.py": data.Config}[script]
     lines = [line.strip(" │") for line in done.stdout.splitlines()]
