@@ -999,7 +999,8 @@ def checks_table(before: dict, after: dict):
     table = Table(title="checks, before -> after", title_justify="left", box=None, padding=(0, 2, 0, 0))
     headings = list(score_cells(after["all"]))
     for heading in ("group", "asked", *headings):
-        table.add_column(heading.replace("facts ", "facts\n").replace("words ", "words\n").replace("by ", "by\n"),
+        heading = heading.replace("end by themselves", "ended")
+        table.add_column(heading.replace("facts ", "facts\n").replace("words ", "words\n"),
                          justify="left" if heading == "group" else "right", overflow="fold")
     for group, now in after.items():
         table.add_row(Text(data.visible(group)), str(now["n"]), *_changes(before.get(group, now), now))
@@ -1017,7 +1018,8 @@ def _samples(run: Run, before: dict, after: dict, moved: list[list[Words]]) -> s
     for was, now, replies in zip(before["replies"], after["replies"], moved, strict=True):
         parts.append(f"## {data.excerpt(now[0]['content'])}\n")
         parts.append(_fenced(_beside("before", "after") + "\n\n" + "\n".join(
-            _beside(*(data.transcript([message], 43) for message in both)) for both in zip(was, now, strict=True))))
+            _beside(*(data.transcript([message], 43) for message in both))
+            for both in zip(was, now, strict=True)).rstrip()))
         if replies:
             parts.append(f"Each word of the replies after {run.stage}: log pi - log pi before, "
                          f"{data.NATS.strip('()')}.\n")
@@ -1643,9 +1645,10 @@ def plot_curves(folders: list[Path], path: Path) -> None:
             axis.barh(places, [scores.get(group, {}).get("correct", 0) for group in groups], 0.8 / len(checked),
                       label=name)
         axis.set(title="checks", xlabel="share of replies that are correct", ylabel="questions", xlim=(0, 1))
-        axis.set_yticks(range(len(groups)), [textwrap.fill(data.visible(group), 14) for group in groups])
+        axis.set_yticks(range(len(groups)), [textwrap.fill(data.visible(group), 14, break_on_hyphens=False)
+                                             for group in groups])
         axis.invert_yaxis()
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="lower left", framealpha=0.9)
     for axis, (title, keys, unit) in zip(axes.flat, panels, strict=False):
         for name, records in runs.items():
             for key in keys:

@@ -1382,6 +1382,14 @@ def test_names_and_paths_that_lead_nowhere(tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match=re.escape(says)) as error:
             data.load_rows([spec])
         assert len(str(error.value)) < 700
+    (tmp_path / "chats.jsonl").write_text("{}\n")     # what is wrong, the name or the file
+    for spec, wrong, near in [("oast1:chats.jsonl", "no data set is called 'oast1'", "oasst1:chats.jsonl"),
+                              ("chat.jsonl", "no file is called 'chat.jsonl'", "chats.jsonl"),
+                              ("./chats.json", "no file is called 'chats.json'", "chats.jsonl"),
+                              ("smoltlk", "no data set and no file is called 'smoltlk'", "smoltalk")]:
+        with pytest.raises(FileNotFoundError, match=re.escape(wrong)) as error:
+            data.load_rows([spec])
+        assert f"Did you mean {near}?" in str(error.value)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(FileNotFoundError):      # and not a wait without end
         data.load_rows([str(tmp_path / "pipe")])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, fields, replace
+from itertools import chain
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import get_args, get_type_hints
@@ -21,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import chat
 import data
 import dpo
 import lora
@@ -1105,6 +1107,45 @@ def test_help_imports_nothing_slow_and_explains_every_flag(script):
         text = " ".join(lines[at:at + 2]) if len(lines[at].split("  ")) == 1 else lines[at]
         explained = re.sub(r"\(default: .*", "", text.partition("  ")[2] or lines[at + 1])
         assert len(explained.split()) > 1, f"{flag} has no help: {text}"
+    if not hasattr(config, "groups"):
+        return
+    opening, _, *boxes = done.stdout.split("╭─ ")  # what one needs first is in the first box; every setting is in one
+    flags = [re.findall(r"^│ (--[\w-]+)", box, re.MULTILINE) for box in boxes]
+    assert flags[0] == ["--preset", "--model", "--data", "--out", "--steps", "--batch-size", "--lr", "--lora-rank"]
+    assert sorted(flag for box in flags for flag in box) == sorted(data.option(f.name) for f in fields(config))
+    assert sorted(chain.from_iterable(config.groups.values())) == sorted(f.name for f in fields(config))
+    assert f"uv run {script} --preset gpt2-medium" in opening and "r(x, y)" not in opening
+
+
+@pytest.mark.parametrize("script_, given, ours", [
+    ("sft", "--learning-rate", "--lr"), ("dpo", "--learning_rate=1e-5", "--lr"), ("sft", "--max-steps", "--steps"),
+    ("sft", "--epochs", "--steps"), ("dpo", "--num-epochs", "--steps"), ("sft", "--num_train_epochs", "--steps"),
+    ("sft", "--batch", "--batch-size"), ("sft", "--max-length", "--context"), ("sft", "--output_dir", "--out"),
+    ("chat", "--max-length", "--max-new-tokens"), ("chat", "--temp", "--temperature"), ("sft", "--r", "--lora-rank")])
+def test_options_of_other_programs_lead_to_ours(script_, given, ours, monkeypatch, capsys):
+    module = {"sft": sft, "dpo": dpo, "chat": chat}[script_]
+    code, said = script(module, given, "3", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and is_short(said) and f"{given.partition('=')[0]}; here it is {ours} (" in said, said
+    assert ("rows / --batch-size" in said) == ("epoch" in given)
+
+
+def test_no_option_of_ours_is_taken_for_a_foreign_one():
+    """Every option that others have leads to one that a script has, and underscores are as good as hyphens."""
+    ours = {f.name.replace("_", "-") for config in (sft.Config, dpo.Config, chat.Config) for f in fields(config)}
+    assert {name for names in data.FOREIGN.values() for name in names.split()} <= ours
+    for module in (sft, dpo, chat):
+        data.refuse_foreign([data.option(f.name) for f in fields(module.Config)], module.Config)
+    assert data.command_line(chat.Config, None, ["--top_k", "3", "--max_new_tokens", "9"]).top_k == 3
+
+
+def test_training_longer_has_one_way(finished, capsys):
+    """A finished run names it, and so does a refusal of more steps."""
+    wanted = f"--model {finished.out} --out {finished.out}-2"
+    sft.main(finished)
+    assert wanted in capsys.readouterr().out.replace("\n", " ")
+    with pytest.raises(ValueError, match=r"--steps: 4 there, 9 now") as error:
+        sft.main(replace(finished, steps=9))
+    assert wanted in str(error.value) and len(str(error.value).splitlines()) <= 5
 
 
 def script(module, *args, monkeypatch, capsys):
