@@ -629,6 +629,7 @@ def prefer(session: Session, argument: str) -> None:
     added to the file of --preferences for dpo.py, with the models' names. All models go on from the better reply.
     """
     both, again = session.choice, len(session.chats) == 1
+    argument = argument.removeprefix("/prefer").strip()  # typed once more behind the one that stood in the prompt
     if len(both) != 2 or both[1] is not session.chats[-1].messages:
         raise ValueError("There are no two replies to choose from: /retry, or have two models answer with /compare.")
     if both[0][:-1] != both[1][:-1]:

@@ -1143,6 +1143,9 @@ def test_prefer_alone_shows_both_and_asks(terminal):
     assert row["chosen"] == row["rejected"] and row["other"] != row["chosen"] and row["vote"] == "neither"
     with pytest.raises(ValueError, match=r"no preferences are left of .*: identical replies 1"):
         data.load_pairs([str(terminal.folder / "preferences.jsonl")])
+    terminal.say("Hello")
+    terminal.say("/prefer")
+    assert "(preferred: neither" in terminal.say("/prefer nei"), "typed once more, behind the one that stands there"
 
 
 def test_prefer_after_retry_shows_both_again(terminal):

@@ -778,6 +778,21 @@ def test_which_words_became_likelier(finished, tiny_model):
     assert train.likelier(gpt, talks, run) == [[]]
 
 
+def test_the_bar_says_what_is_at_work():
+    """Whatever lasts while the loop's bar is shown is a share in it; without that bar it has one of its own."""
+    run = train.Run("sft", sft.Config(device="cpu"))
+    with run.progress("validation", 4) as advance:
+        advance(1)
+        assert run.at_work == ""
+    run.bar = object()
+    with pytest.raises(KeyError), run.progress("validation", 4) as advance:
+        assert run.at_work == "validation 0%"
+        advance(1)
+        assert run.at_work == "validation 25%"
+        raise KeyError
+    assert run.at_work == ""
+
+
 def test_the_status_line_fits_its_window():
     """What is needed least goes first, and the loss never does."""
     record = {"loss": 0.61234, "val_loss": 0.71234, "reward_accuracy": 0.934, "reward_margin": 1.2345,

@@ -1,4 +1,4 @@
-"""Pictures of the chat, as a terminal shows it: the answers of two models side by side, and why one of them said that.
+"""Pictures for the README: a run's curves; the answers of two models side by side, and why one of them said that.
 
     uv run tests/benchmarks/pictures.py --models runs/sft runs/dpo --out pictures
 """
@@ -10,15 +10,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import chat
+import train
 from data import run_script
 
 
 @dataclass
 class Config:
-    """Write compare.svg and why.svg."""
+    """Write curves.png, and compare.svg and why.svg as a terminal shows them."""
 
     models: tuple[str, str] = ("runs/sft", "runs/dpo")  # what answers; the second is the one that is explained
-    question: str = "What does a tailor do?"
+    question: str = "What is a carpenter?"
     seed: int = 0  # of the replies
     width: int = 88  # columns of the terminal
     out: str = "pictures"  # the folder that they go to
@@ -63,6 +64,8 @@ def main(cfg: Config) -> None:
     page.say("> /why", "you")
     chat.COMMANDS["/why"](session, "")
     picture(page, folder / "why.svg", f"uv run chat.py --model {cfg.models[1]}")
+    train.plot_curves([Path(cfg.models[1])], folder / "curves.png")
+    print(folder / "curves.png")
 
 
 if __name__ == "__main__":
