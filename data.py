@@ -2012,7 +2012,8 @@ def visible(text: str) -> str:
 def progress(what: str, total: float) -> Iterator[Callable[[float], None]]:
     """Gives a function to be told how much more of the total is done, and shows how long the rest will take.
 
-    On a terminal as a bar, from the third second on; in a pipe or a file by a line a minute; of several processes, one.
+    On a terminal as a bar, once it has taken a second and a half; in a pipe or a file by a line a minute; of several
+    processes, one.
     """
     began = said = time.monotonic()
     total, done, bar, task, terminal = max(total, 1), 0.0, None, None, sys.stderr.isatty()
@@ -2022,7 +2023,7 @@ def progress(what: str, total: float) -> Iterator[Callable[[float], None]]:
         done, now = done + more, time.monotonic()
         if bar:
             bar.update(task, completed=done)
-        elif terminal and now - began > 2 and done and LEADS:
+        elif terminal and now - began > 1.5 and done and LEADS:
             from rich import progress as rich
             from rich.console import Console
 
@@ -2282,14 +2283,14 @@ FOREIGN = {
 
 def refuse_foreign(args: Sequence[str], config: type) -> None:
     """Lead from an option that other programs have to ours."""
-    known = {f.name.replace("_", "-"): comments(config)[f.name] for f in dataclasses.fields(config)}
+    known = {f.name.replace("_", "-"): f.name for f in dataclasses.fields(config)}
     for given in (arg[2:].partition("=")[0] for arg in args if arg.startswith("--")):
         name = given.replace("_", "-")
         for ours in () if name in known else FOREIGN.get(name, "").split():
             if ours in known:
                 epoch = "\nAn epoch is rows / --batch-size steps; uv run data.py SPEC counts rows"
-                raise ValueError(f"there is no --{visible(given)}; here it is --{ours} ({known[ours]})"
-                                 + epoch * ("epoch" in name))
+                meaning = comments(config)[known[ours]] + ")" + epoch * ("epoch" in name)
+                raise ValueError(f"there is no --{visible(given)}; here it is --{ours} ({meaning}")
 
 
 def _saved_config(path: str, config: type) -> dict:

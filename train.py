@@ -149,9 +149,10 @@ def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch],
     train_batches(step, token_budget) gives the micro-batches of a step, val_batches are always the same.
     Raises FloatingPointError before a step whose loss or gradient is not finite.
     """
-    loss = parallelise(gpt, loss_fn, cfg, run)
-    optimizer = make_optimizer(gpt, cfg)
-    state = load_checkpoint(gpt, optimizer, run) or State(budget=cfg.micro_batch_tokens)
+    with run.busy("making the optimiser"):
+        loss = parallelise(gpt, loss_fn, cfg, run)
+        optimizer = make_optimizer(gpt, cfg)
+        state = load_checkpoint(gpt, optimizer, run) or State(budget=cfg.micro_batch_tokens)
     if run.world > 1:  # rows are dealt out by the budget, and DPO knows the reference of those dealt by this one
         state.budget = cfg.micro_batch_tokens
     gpt.train()
@@ -463,9 +464,8 @@ class Run:
         # words wrap in a window, and nothing does in a pipe; names and replies are text, brackets or not
         terminal = sys.stdout.isatty()
         self.console = Console(soft_wrap=not terminal, width=None if terminal else 200, markup=False, emoji=False)
-        if terminal and "torch" not in sys.modules:  # which takes seconds
-            self.say("loading PyTorch ...")
-        self.device = model.pick_device(cfg.device)
+        with self.busy("loading PyTorch") if "torch" not in sys.modules else contextlib.nullcontext():
+            self.device = model.pick_device(cfg.device)
         self.dtype = torch.bfloat16 if model.pick_precision(cfg.precision, self.device) == "bf16" else torch.float32
         self.checks: list[data.Check] = []
         self.signal = 0
@@ -602,6 +602,11 @@ class Run:
         finally:
             self.training = False
 
+    def busy(self, what: str):
+        """What takes seconds of which no share is known: a line that turns, on a terminal, until it is done."""
+        terminal = self.is_main and self.console.is_terminal
+        return self.console.status(what, spinner="line") if terminal else contextlib.nullcontext()
+
     @contextlib.contextmanager
     def progress(self, what: str, total: float):
         """data.progress; while the loop's own bar is on the screen, a share of the total in its last column."""
@@ -668,7 +673,8 @@ class Run:
             if remark := data.check_tokenizer(part):
                 self.say(f"note: {remark}.")
         self.say(f"loading {spec} ...")
-        gpt = self.start_model()
+        with self.busy("reading the weights"):
+            gpt = self.start_model()
         if (words := gpt.config.vocab_size) <= data.EOT:
             raise ValueError(f"{spec} knows {words:,} words: it has another tokenizer than GPT-2's of {data.EOT + 1:,}")
         if cfg.context > gpt.config.n_positions:
@@ -862,7 +868,8 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
 def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command: str) -> dict:
     """Export the model, answer the prompts again, draw the curves, and name the next command."""
     run.say("\nwriting the model, answering prompts and checks ...")
-    export(gpt, cfg, run)
+    with run.busy("writing the model"):
+        export(gpt, cfg, run)
     if not run.is_main:
         return metrics
     trained = model.read_model(run.folder).to(run.device)
@@ -870,7 +877,7 @@ def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command:
     moved = likelier(trained, after["replies"], run)
     before, final = run.about["before"], {k: v for k, v in metrics.items() if k != "step"}
     run.note(after=after)
-    with writing(run.folder / "curves.png"):
+    with writing(run.folder / "curves.png"), run.busy("drawing the curves"):
         plot_curves([run.folder], run.folder / "curves.png")
         write_file(run.folder / "samples.md", _samples(run, before, after, moved))
         write_file(run.folder / "README.md", card(run, before, after, final))
@@ -1647,8 +1654,8 @@ def plot_curves(folders: list[Path], path: Path) -> None:
         axis.set(title="checks", xlabel="share of replies that are correct", ylabel="questions", xlim=(0, 1))
         axis.set_yticks(range(len(groups)), [textwrap.fill(data.visible(group), 14, break_on_hyphens=False)
                                              for group in groups])
-        axis.invert_yaxis()
-        axis.legend(fontsize="small", loc="lower left", framealpha=0.9)
+        axis.set_ylim(len(groups) + 0.1, -0.6)  # from the top down, with room for the legend
+        axis.legend(fontsize="small", loc="lower left", ncols=len(checked))
     for axis, (title, keys, unit) in zip(axes.flat, panels, strict=False):
         for name, records in runs.items():
             for key in keys:
