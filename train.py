@@ -1023,7 +1023,7 @@ def _samples(run: Run, before: dict, after: dict, moved: list[list[Words]]) -> s
     """The same questions before and after, side by side; below, which words of the answers have become likelier."""
     parts = [f"# {_cell(run.folder)}: the same prompts before and after {run.stage}\n"]
     for was, now, replies in zip(before["replies"], after["replies"], moved, strict=True):
-        parts.append(f"## {data.excerpt(now[0]['content'])}\n")
+        parts.append(f"## {_cell(data.excerpt(now[0]['content']))}\n")
         parts.append(_fenced(_beside("before", "after") + "\n\n" + "\n".join(
             _beside(*(data.transcript([message], 43) for message in both))
             for both in zip(was, now, strict=True)).rstrip()))
@@ -1032,8 +1032,8 @@ def _samples(run: Run, before: dict, after: dict, moved: list[list[Words]]) -> s
                          f"{data.NATS.strip('()')}.\n")
             parts.append(_fenced("\n\n".join(textwrap.fill(data.shaded(words), 88) for words in replies)))
     if "checks" in after:
-        parts.append("## Checks, before -> after\n")
-        parts += [_line(["checks", "questions", *score_cells(after["checks"]["all"])]), "|---" * 6 + "|"]
+        headings = ["checks", "questions", *score_cells(after["checks"]["all"])]
+        parts += ["## Checks, before -> after\n", _line(headings), "|---" * len(headings) + "|"]
         parts += [_line([group, now["n"], *_changes(before.get("checks", {}).get(group, now), now)])
                   for group, now in after["checks"].items()] + [""]
     return "\n".join(parts)
@@ -1250,7 +1250,8 @@ def _differences(old: dict, new: dict, defaults: dict) -> list[str]:
     pairs += [("stage", old.get("stage"), new["stage"]),
               ("--data (sha256)", old.get("data", {}).get("sha256"), new.get("data", {}).get("sha256")),
               ("--model (sha256)", old.get("model", {}).get("sha256"), new.get("model", {}).get("sha256"))]
-    longer = f" (to train a finished run further: --model {before['out']} --out {before['out']}-2)"
+    out = shlex.quote(str(before["out"]))
+    longer = f" (to train a finished run further: --model {out} --out {out}-2)"
     longer = {"--steps": longer} if old.get("finished") else {}
     return [f"  {name}: {_short(was)} there, {_short(now)} now{longer.get(name, '')}"
             for name, was, now in pairs if was != now]

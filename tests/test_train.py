@@ -910,13 +910,13 @@ def test_what_strangers_wrote_is_shown_as_text(settings, tmp_path, capsys):
         score = {"n": 1, "correct": 1.0, "facts": 1.0, "ended": 1.0, "words": 1.0}
         talk = [{"role": "user", "content": "````\n# no heading"}]
         found = {"replies": [talk], "checks": {"x | y\n# z `\x1b[1m": score, "all": score}}
-        written = train._samples(run, found, found)
+        written = train._samples(run, found, found, [[]])
         run.about |= {"lineage": [{"stage": "sft", "model": "a\n# heading", "adapter": "", "data": ["sample"]}],
                       "seconds": 1.0, "model": {"parameters": 1}}
         card = train.card(run, found, found, {})
     assert "\x1b" not in card and "\n# h" not in card and card.count("\n`````\n") == 2
-    assert "\x1b" not in written and r"| x \| y # z \`␛[1m | 1 | 100% |" in written
-    assert written.count("\n`````\n") == 4 and written.startswith(f"# {tmp_path}/b␛[1m: ")
+    assert "\x1b" not in written and r"| x \| y # z \`␛[1m | 1 | 100% -> 100% |" in written
+    assert written.count("\n`````\n") == 2 and written.startswith(f"# {tmp_path}/b␛[1m: ")
 
 
 @pytest.mark.parametrize("stage", [
@@ -941,7 +941,7 @@ def test_commands_that_are_suggested_can_be_pasted(finished, settings, tmp_path,
     shlex.split(said)
     for wanted in (f"--model '{run}'", "'a b.jsonl'", "--language 'e n'"):
         assert wanted in said
-    assert said.count(f"--model '{run}'") == 3
+    assert said.count(f"--model '{run}'") == 4
 
 
 def test_curves_are_labelled_and_drawn(finished, tmp_path, monkeypatch):
