@@ -855,11 +855,13 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
             run.say(f"Each of the {cfg.row_name} comes {passes:,.0f} times. After some ten times a model says them by "
                     f"heart and forgets\nother things; --batch-size {batch_size} --steps {steps} would be three times.")
     if "before" not in run.about:
-        if cfg.prompts or run.checks:
+        asked = bool(cfg.prompts or run.checks)
+        if asked:
             run.say("answering prompts and checks before the first step ...")
         # of the model as it stands on the disk, in fp32: so the last stage's scores after and this one's before are the
         # same. The one in training has frozen weights in bf16, of the base for one stage and merged ones for the next
-        run.note(before=assess(run.start_model().to(run.device), cfg, run) if run.is_main else {})
+        run.note(before=assess(run.start_model().to(run.device), cfg, run) if asked and run.is_main else
+                 {"replies": []})
     if run.is_main:
         show("before training", run.about["before"]["replies"], run)
     return True

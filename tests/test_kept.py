@@ -233,7 +233,7 @@ def test_long_work_says_how_much_is_left(terminal, monkeypatch, capsys):
                 advance(1)
         return capsys.readouterr().err
 
-    assert work(1.5) == ""
+    assert work(1.4) == ""
     said = work(400)
     if terminal:
         assert "reading a [b]" in said and "%" in said
