@@ -43,6 +43,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from itertools import chain, combinations, islice, pairwise, product
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NamedTuple, get_type_hints
 
@@ -1890,7 +1891,8 @@ class Check:
     forbidden: list[str]
     subject: str | None
     group: str
-    stated: dict[str, dict[tuple[str, ...], set[str]]] = field(repr=False)  # first word -> statement -> its subjects,
+    # first word -> statement -> {subject: the fact that it words}, of the whole file
+    stated: dict[str, dict[tuple[str, ...], dict[str, str]]] = field(repr=False)
 
 
 @dataclass
@@ -1899,9 +1901,16 @@ class Verdict:
     about: bool         # names the subject
     facts: int          # facts of the check that are stated
     wrong: list[str]    # what should not be there: facts of others, and what is forbidden
+    twice: list[str]    # what the reply says more than once: facts of its subject, or any four words in a row
     ended: bool         # the reply ended by itself
     words: int
     group: str
+    repetition: float   # rep-4: the share of its runs of four words that were there before
+
+    @property
+    def good(self) -> bool:
+        """Correct, and everything said once."""
+        return self.correct and not self.twice
 
 
 def read_checks(path: str | Path) -> list[Check]:
@@ -1912,12 +1921,13 @@ def read_checks(path: str | Path) -> list[Check]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checks file {visible(str(path))[:200]!r} (in {Path.cwd()})")
-    checks, stated = [], defaultdict(lambda: defaultdict(set))
+    checks, stated = [], defaultdict(lambda: defaultdict(dict))
     for row in rows_read(file_rows(path), read_check, Count(str(path), bad_rows="")):
         messages, facts, forbidden, subject, group = row
         if subject:
-            for statement in (tuple(words(wording)) for fact in facts for wording in fact):
-                stated[statement[0]][statement].add(subject.casefold())
+            for wordings in facts:
+                for statement in (tuple(words(wording)) for wording in wordings):
+                    stated[statement[0]][statement].setdefault(subject.casefold(), wordings[0])
         if messages:
             checks.append(Check(messages, facts, forbidden, subject, group, stated))
     if not checks:
@@ -1949,27 +1959,48 @@ def judge(check: Check, reply: str, ended: bool) -> Verdict:
 
     A fact of another subject is wrong unless it is stated of this one too, or is part of something that is.
     """
-    text = words(reply)
+    text, subject = words(reply), (check.subject or "").casefold()
     wrong = [phrase for phrase in check.forbidden if occurs(words(phrase), text)]
-    own, others = [], []    # (start, end) in the reply of what the file states of this subject, and of others only
-    for i, word in enumerate(text if check.subject else ()):
+    others: list[tuple[int, int]] = []                      # (start, end) in the reply of what is true of others only,
+    own: dict[tuple[int, int], str] = {}                    # and of what is true of this subject: {where: which fact}
+    for i, word in enumerate(text if subject else ()):
         for statement, subjects in check.stated.get(word, {}).items():
             if tuple(text[i:i + len(statement)]) == statement:
-                (own if check.subject.casefold() in subjects else others).append((i, i + len(statement)))
+                if subject in subjects:
+                    own[i, i + len(statement)] = subjects[subject]
+                else:
+                    others.append((i, i + len(statement)))
     wrong += [" ".join(text[i:j]) for i, j in others if not any(a <= i and j <= b for a, b in own)]
-    about = not check.subject or any(occurs(form, text) for form in plurals(check.subject))
+    about = not subject or any(occurs(form, text) for form in plurals(check.subject))
     facts = sum(any(occurs(words(wording), text) for wording in fact) for fact in check.facts)
-    return Verdict(about and facts >= 1 and not wrong, about, facts, wrong, ended, len(reply.split()), check.group)
+    if not subject:
+        own = {place: fact[0] for fact in check.facts for wording in fact for place in places(words(wording), text)}
+    twice = said_twice(reply, own, plurals(check.subject) if subject else [])
+    return Verdict(about and facts >= 1 and not wrong, about, facts, wrong, twice, ended, len(reply.split()),
+                   check.group, repetition(reply))
+
+
+def said_twice(reply: str, stated: dict[tuple[int, int], str], names: list[list[str]]) -> list[str]:
+    """The facts stated at two places or more, and the runs of four words that occur again.
+
+    What is part of a longer statement is none of its own, and the subject's name may come as often as it likes.
+    """
+    whole = [fact for (i, j), fact in stated.items() if words(fact) not in names
+             and not any(a <= i and j <= b and (a, b) != (i, j) for a, b in stated)]
+    return list(dict.fromkeys(thing for things in (whole, map(" ".join, runs(reply)))
+                              for thing, n in Counter(things).items() if n > 1))
 
 
 def tally(verdicts: Iterable[Verdict]) -> dict[str, dict[str, float]]:
-    """By group, and "all": how many, and the means of correct, facts, ended (shares) and words."""
+    """By group, and "all": how many, and the means of what verdicts say; "twice" is the share that repeats a thing."""
     groups: dict[str, list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
         groups[verdict.group].append(verdict)
     groups["all"] = list(chain.from_iterable(groups.values()))
-    return {group: {"n": len(members)} | {name: sum(getattr(v, name) for v in members) / max(1, len(members))
-                                          for name in ("correct", "facts", "ended", "words")}
+    scores = {name: attrgetter(name) for name in ("correct", "good", "facts", "ended", "words", "repetition")}
+    scores["twice"] = lambda verdict: bool(verdict.twice)
+    return {group: {"n": len(members)} | {name: sum(map(score, members)) / max(1, len(members))
+                                          for name, score in scores.items()}
             for group, members in groups.items()}
 
 
@@ -1980,7 +2011,28 @@ def words(text: str) -> list[str]:
 
 
 def occurs(phrase: list[str], text: list[str]) -> bool:
-    return any(word == phrase[0] and text[i:i + len(phrase)] == phrase for i, word in enumerate(text))
+    return any(places(phrase, text))
+
+
+def places(phrase: list[str], text: list[str]) -> Iterator[tuple[int, int]]:
+    """(start, end) of every place at which the text has the phrase."""
+    return ((i, i + len(phrase)) for i, word in enumerate(text)
+            if word == phrase[0] and text[i:i + len(phrase)] == phrase)
+
+
+def runs(text: str, n: int = 4) -> list[tuple[str, ...]]:
+    """All n words in a row, without punctuation: A b, c d e. -> (a b c d) (b c d e)"""
+    text = [word for word in words(text) if word.isalnum()]
+    return [tuple(text[i:i + n]) for i in range(len(text) - n + 1)]
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """rep-n: 1 - distinct n-grams / n-grams; 0 says nothing twice (Welleck et al. 2019, https://arxiv.org/abs/1908.04319).
+
+    One text's share, which the paper calls seq-rep-n; n is 4 there too.
+    """
+    found = runs(text, n)
+    return 1 - len(set(found)) / len(found) if found else 0.0
 
 
 def plurals(subject: str) -> list[list[str]]:

@@ -905,6 +905,8 @@ def assess(gpt: model.GPT, cfg: Settings, run: Run) -> dict:
     """What a model answers to the run's prompts and how it does on its checks."""
     with run.progress("prompts and checks", turns(cfg.prompts) + len(run.checks)) as advance:
         found = {"replies": converse(gpt, cfg.prompts, cfg.reply_tokens, advance)}
+        said = [m["content"] for talk in found["replies"] for m in talk if m["role"] == "assistant"]
+        found["repetition"] = sum(map(data.repetition, said)) / len(said) if said else None
         if run.checks:
             replies = answer(gpt, [check.messages for check in run.checks], cfg.reply_tokens, advance)
             found["checks"] = data.tally([data.judge(check, text, ended)
@@ -996,7 +998,8 @@ def show_likelier(moved: list[list[Words]], run: Run) -> None:
 
 def score_cells(score: dict) -> dict[str, str]:
     """The scores of a group of checks as they are shown, by their headings."""
-    return {"correct": f"{score['correct']:.0%}", "facts per reply": f"{score['facts']:.2f}",
+    return {"correct": f"{score['correct']:.0%}", "said twice": f"{score['twice']:.1%}",
+            "correct and said once": f"{score['good']:.0%}", "facts per reply": f"{score['facts']:.2f}",
             "end by themselves": f"{score['ended']:.0%}", "words per reply": f"{score['words']:.1f}"}
 
 
@@ -1008,8 +1011,8 @@ def checks_table(before: dict, after: dict):
     table = Table(title="checks, before -> after", title_justify="left", box=None, padding=(0, 2, 0, 0))
     headings = list(score_cells(after["all"]))
     for heading in ("group", "asked", *headings):
-        heading = heading.replace("end by themselves", "ended")
-        table.add_column(heading.replace("facts ", "facts\n").replace("words ", "words\n"),
+        heading = heading.replace("end by themselves", "ended").replace(" per ", "\nper ")
+        table.add_column(heading.replace("by ", "by\n").replace(" and ", " and\n"),
                          justify="left" if heading == "group" else "right", overflow="fold")
     for group, now in after.items():
         table.add_row(Text(data.visible(group)), str(now["n"]), *_changes(before.get(group, now), now))
@@ -1033,6 +1036,9 @@ def _samples(run: Run, before: dict, after: dict, moved: list[list[Words]]) -> s
             parts.append(f"Each word of the replies after {run.stage}: log pi - log pi before, "
                          f"{data.NATS.strip('()')}.\n")
             parts.append(_fenced("\n\n".join(textwrap.fill(data.shaded(words), 88) for words in replies)))
+    if after["repetition"] is not None:
+        parts.append(f"Repetition in these replies (rep-4): {before['repetition']:.1%} before, "
+                     f"{after['repetition']:.1%} after\n")
     if "checks" in after:
         headings = ["checks", "questions", *score_cells(after["checks"]["all"])]
         parts += ["## Checks, before -> after\n", _line(headings), "|---" * len(headings) + "|"]
@@ -1709,6 +1715,10 @@ class Compare:
     debug: bool = False  # show the traceback of an error
 
 
+COLUMNS = [("step", "{:,}"), ("loss", "{:.4f}"), ("val_loss", "{:.4f}"), ("val_reward_accuracy", "{:.1%}"),
+           ("rep", "{:.1%}"), ("correct", "{:.1%}"), ("good", "{:.1%}"), ("facts", "{:.2f}")]
+
+
 def compare(cfg: Compare) -> None:
     from rich.table import Table
 
@@ -1717,8 +1727,8 @@ def compare(cfg: Compare) -> None:
         raise ValueError(f"{picture} is no picture that this script made, so it is left alone.\nGive another --out")
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("run", overflow="fold")
-    for column in ("steps", "loss", "val loss", "reward\naccuracy", "checks\ncorrect", "facts\nper reply", "tok/s",
-                   "peak GB"):
+    for column in ("steps", "loss", "val loss", "reward\naccuracy", "rep-4", "checks\ncorrect",
+                   "correct and\nsaid once", "facts\nper reply", "tok/s", "peak GB"):
         table.add_column(column, justify="right", no_wrap=True)
     for folder in map(Path, cfg.runs):
         records = read_metrics(folder)
@@ -1726,14 +1736,13 @@ def compare(cfg: Compare) -> None:
             raise ValueError(f"'{folder}' has not come to its first step: its metrics.jsonl is empty")
         newest = {k: v for record in records for k, v in record.items()}
         try:
-            scores = read_about(folder).get("after", {}).get("checks", {}).get("all", {})
-            checked = [f"{scores['correct']:.1%}", f"{scores['facts']:.2f}"] if scores else ["-", "-"]
+            after = read_about(folder).get("after", {})
+            newest |= {"rep": after["repetition"]} if after.get("repetition") is not None else {}
+            newest |= after.get("checks", {}).get("all", {})
+            cells = [form.format(newest[key]) if key in newest else "-" for key, form in COLUMNS]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / 'run.json'} is not as a run writes it: {error}") from None
-        cells = [("step", "{:,}"), ("loss", "{:.4f}"), ("val_loss", "{:.4f}"), ("val_reward_accuracy", "{:.1%}")]
-        table.add_row(data.visible(str(folder)),
-                      *(form.format(newest[key]) if key in newest else "-" for key, form in cells),
-                      *checked, f"{newest.get('tokens_per_second', 0):,.0f}",
+        table.add_row(data.visible(str(folder)), *cells, f"{newest.get('tokens_per_second', 0):,.0f}",
                       f"{newest.get('peak_memory_bytes', 0) / 1e9:.2f}")
     picture.parent.mkdir(parents=True, exist_ok=True)
     plot_curves([Path(f) for f in cfg.runs], picture)

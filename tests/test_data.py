@@ -1536,14 +1536,40 @@ def test_plurals_and_punctuation(checks):
     assert ["firemen"] in data.plurals("fireman") and ["midwives"] in data.plurals("midwife")
 
 
+@pytest.mark.parametrize(("reply", "twice"), [
+    ("A baker rises early and bakes bread.", []),
+    ("A baker bakes bread and bakes bread.", ["bakes bread"]),
+    ("Bakers rise; a baker rises early, and every baker gets up early.", ["rises early"]),  # two wordings of one fact
+    ("A baker bakes bread. A baker works in a bakery.", []),                # its name is no fact
+    ("A baker bakes bread and cakes and bakes bread.", []),                 # a part of a longer fact is not it again
+    ("A baker works in a bakery and works in a bakery.", ["works in a bakery"]),  # true of it, though not asked for
+    ("It is hard to say what it is hard to.", ["it is hard to"]),           # no fact, but four words in a row
+    ("It is, it is, it is.", ["it is it is"]), ("It is, it is.", []), ("", [])])
+def test_what_is_said_twice_is_seen(checks, reply, twice):
+    verdict = data.judge(checks[0], reply, True)
+    assert [thing for thing in verdict.twice if thing in twice] == twice and bool(verdict.twice) == bool(twice)
+    assert verdict.good == (verdict.correct and not twice)
+    assert data.judge(checks[2], "C++ or C++.", True).twice == ["C++"]       # without a subject too
+
+
+def test_repetition_is_the_share_of_runs_of_words_that_were_there_before():
+    assert data.repetition("a b c d") == data.repetition("a b c") == data.repetition("") == 0
+    assert data.repetition("a b c d a b c d") == 1 - 4 / 5      # abcd bcda cdab dabc abcd
+    assert data.repetition("no no no no no no") == 1 - 1 / 3
+    assert data.repetition("A, b!", 2) == 0 and data.repetition("no, No; no", 2) == 1 / 2
+
+
 def test_the_tally(checks):
     replies = [("A baker bakes bread.", True), ("A baker bakes bread and rises early.", False), ("No.", True)]
-    verdicts = [data.judge(checks[0], *reply) for reply in replies] + [data.judge(checks[2], "C++", True)]
-    third = pytest.approx
+    verdicts = [data.judge(checks[0], *reply) for reply in replies] + [data.judge(checks[2], "C++ C++", True)]
+    third, once = pytest.approx, {"twice": 0.0, "repetition": 0.0}
     assert data.tally(verdicts) == {
-        "seen": {"n": 3, "correct": third(2 / 3), "facts": 1.0, "ended": third(2 / 3), "words": 4.0},
-        "checks": {"n": 1, "correct": 1.0, "facts": 1.0, "ended": 1.0, "words": 1.0},
-        "all": {"n": 4, "correct": 0.75, "facts": 1.0, "ended": 0.75, "words": 3.25}}
+        "seen": once | {"n": 3, "correct": third(2 / 3), "good": third(2 / 3), "facts": 1.0, "ended": third(2 / 3),
+                        "words": 4.0},
+        "checks": {"n": 1, "correct": 1.0, "good": 0.0, "facts": 1.0, "ended": 1.0, "words": 2.0, "twice": 1.0,
+                   "repetition": 0.0},
+        "all": {"n": 4, "correct": 0.75, "good": 0.5, "facts": 1.0, "ended": 0.75, "words": 3.5, "twice": 0.25,
+                "repetition": 0.0}}
     assert data.tally([])["all"]["n"] == 0
 
 

@@ -1035,11 +1035,11 @@ def test_a_strangers_metrics_are_numbers_or_nothing(tmp_path, capsys):
 def test_checks_table_shows_before_and_after(capsys):
     from rich.console import Console
 
-    score = {"n": 4, "correct": 0.25, "facts": 0.5, "ended": 1.0, "words": 9.0}
+    score = {"n": 4, "correct": 0.25, "twice": 0.75, "good": 0.0, "facts": 0.5, "ended": 1.0, "words": 9.0}
     before, after = {"all": score | {"correct": 0.0}}, {"all": score, "[/x]\x1b[1m": score}
     Console(width=120).print(train.checks_table(before, after))
     out = capsys.readouterr().out
-    assert "0% -> 25%" in out and "0.50 -> 0.50" in out
+    assert "0% -> 25%" in out and "0.50 -> 0.50" in out and "75.0% -> 75.0%" in out and "said once" in out
     assert "[/x]" in out and "\x1b" not in out
 
 
