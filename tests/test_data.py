@@ -4,6 +4,7 @@ packing, checks, and that nothing a file can hold makes it stumble."""
 import errno
 import gzip
 import json
+import math
 import os
 import random
 import re
@@ -1221,7 +1222,17 @@ def test_order_visits_every_row_once_an_epoch(n, batch_size, trees, seed):
     for epoch in range(len(stream) // n):
         visited = stream[epoch * n:(epoch + 1) * n].tolist()
         assert sorted(visited) == list(range(n))
-        assert len(list(groupby(families[visited]))) == len(set(families))
+        parts = sum(math.ceil(size / data.Order.TOGETHER) for size in Counter(families.tolist()).values())
+        assert len(set(families)) <= len(list(groupby(families[visited]))) <= parts
+
+
+def test_no_prompt_dominates_a_step():
+    """A tenth of all pairs answer "Hi": no step of 48 is half that, and they still come several at a time."""
+    rows = [pair([1], [2], [3 + i]) if i % 10 == 0 else pair([i + 10], [2], [3]) for i in range(3000)]
+    hi = np.arange(3000) % 10 == 0
+    steps = [hi[order(rows, 48, 0)(step)] for step in range(60)]
+    assert max(step.sum() for step in steps) <= 24
+    assert sum(hi for hi, _ in groupby(np.concatenate(steps))) <= math.ceil(300 / data.Order.TOGETHER)
 
 
 def test_order_is_a_pure_function():
