@@ -1312,6 +1312,8 @@ def read_ultrafeedback(row: dict) -> Preference:
 
 # ---- OASST ---------------------------------------------------------------------------------------
 
+BAD = "bad replies, which only preferences use"  # they failed their review, but people ranked them too: last, rightly
+
 
 @dataclass(slots=True)
 class Message:
@@ -1357,11 +1359,11 @@ def read_oasst_pairs(rows: Iterable[FileRow], count: Count, language: str) -> It
     """
     roots, replies = oasst_forest(rows, count, language)
     for path, defect in chain.from_iterable(oasst_walk(root, replies) for root in roots):
-        count.drop(defect, defect is not None)
+        count.drop(defect, defect not in (None, BAD))
         if defect or path[-1].role == "assistant":
             continue
         siblings = [m for m in replies.get(path[-1].id, ()) if m.role == "assistant"
-                    and m.defect in (None, "failed review")]    # people ranked those too: last, and rightly
+                    and m.defect in (None, BAD, "failed review")]
         ranked = [m for m in siblings if m.rank is not None]
         count.drop("no rank", len(siblings) - len(ranked))
         count.drop("nothing to compare with", len(ranked) == 1)
@@ -1371,7 +1373,7 @@ def read_oasst_pairs(rows: Iterable[FileRow], count: Count, language: str) -> It
                 if better.rank == worse.rank:
                     raise Drop("tied ranks")
                 if better.defect:
-                    raise Drop(better.defect)
+                    raise Drop("both replies bad" if worse.defect else "better reply failed review")
                 yield comparison([m.as_dict() for m in path], better.text, worse.text, (better.id, worse.id))
             except Drop as drop:
                 count.drop(drop.args[0])
@@ -1437,13 +1439,14 @@ def oasst_messages(row: dict, language: str) -> list[Message]:
                 and isinstance(replies, list)):
             raise BadRow("wrong type", "wanted strings as message_id and parent_id, a number or null as rank, "
                                        "a list of replies")
+        rank = None if rank != rank else rank      # pandas writes NaN for null
+        failed = BAD if role == "assistant" and rank is not None else "failed review"
         defect = ("tree given up" if row.get("tree_state") in ("aborted_low_grade", "halted_by_moderator") else
                   "deleted" if raw.get("deleted") else
-                  "failed review" if raw.get("review_result") is False else
+                  failed if raw.get("review_result") is False else
                   "spam" if spam(raw.get("labels")) >= 0.5 else
                   "other language" if (raw.get("lang") or language) != language else
                   "empty message" if not text else None)
-        rank = None if rank != rank else rank      # pandas writes NaN for null
         messages.append(Message(name, parent, "user" if role == "prompter" else role, text, rank, defect))
         todo += [(reply, name) for reply in replies]
     return messages

@@ -346,7 +346,8 @@ SPAM = {"spam": {"value": 0.67, "count": 3}}
 
 
 @pytest.mark.parametrize(("defect", "reason"), [
-    ({"deleted": True}, "deleted"), ({"review_result": False}, "failed review"), ({"labels": SPAM}, "spam"),
+    ({"deleted": True}, "deleted"), ({"review_result": False}, "failed review"),
+    ({"review_result": False, "rank": 1}, data.BAD), ({"labels": SPAM}, "spam"),
     ({"lang": "de"}, "other language"), ({"text": "  \n"}, "empty message"), ({"role": "prompter"}, "out of turn")])
 def test_what_oasst_drops_and_under_which_name(tmp_path, defect, reason):
     bad = message("a2", replies=[message("p9", replies=[message("a9")])]) | defect
