@@ -21,9 +21,10 @@ from sample import make
 ROOT = Path(__file__).parent.parent
 WORLD, PHRASES = make.read_world(), make.read_phrases()
 HIDDEN = make.held_out(WORLD)
+SHARED = "with an official seal"  # four words that two facts of the notary's have in common
 NAMES = [entry["name"] for entry in WORLD]
 CONVERSATIONS = ROOT / "sample" / "conversations.jsonl.gz"
-CHECKS = ROOT / "sample" / "checks.jsonl"
+CHECKS, EXAM = ROOT / "sample" / "checks.jsonl", ROOT / "sample" / "exam.jsonl"
 
 
 def words(text: str) -> str:
@@ -45,13 +46,12 @@ def test_world_is_large_and_names_are_unique():
 
 @pytest.mark.parametrize("entry", WORLD, ids=NAMES)
 def test_entry_is_complete_and_plain(entry):
-    assert list(entry) == ["name", "field", "does", "tools", "workplace", "skills", "works_with", "related"]
+    assert list(entry) == ["name", "also", "field", "does", "tools", "workplace", "skills", "works_with", "related"]
     for key, count in (("does", 5), ("tools", 3), ("skills", 3), ("works_with", 2)):
         assert len(set(entry[key])) == len(entry[key]) == count
     for text in strings(entry):  # no punctuation that a sentence around it would trip over
         assert re.fullmatch(r"[\x20-\x7e]+", text) and not re.search(r'[,;:"()\[\].?!]|  |^ | $', text), text
     assert entry["name"] == entry["name"].lower() and len(entry["name"].split()) <= 3
-    assert not entry["name"].endswith("man")  # whose plural make.py would get wrong
     assert entry["related"] in NAMES and entry["related"] != entry["name"]
     assert 3 <= len(entry["workplace"].split()) <= 8
 
@@ -66,6 +66,12 @@ def test_tasks_are_verb_phrases_of_five_verbs(entry):
         assert verb not in ("have", "be", "do", "go")
         assert not verb.endswith("s") or verb.endswith("ss") or verb == "focus"  # the base form
         assert not {"their", "his", "her", "its", "them", "they", "it", "he", "she"} & set(rest)
+
+
+def test_other_words_for_an_occupation_are_no_name_of_another():
+    also = [word for entry in WORLD for word in entry["also"]]
+    assert len(set(also)) == len(also) and not set(also) & set(NAMES)
+    assert not {*also, *NAMES} & set(PHRASES["fill"]["job"])  # which are those that the world does not have
 
 
 def test_no_two_occupations_share_a_fact():
@@ -87,6 +93,7 @@ def test_no_name_or_task_is_part_of_another():
 
 def test_forms_of_words():
     assert make.plural("bus") == "buses" and make.plural("city") == "cities" and make.plural("toy") == "toys"
+    assert make.plural("policewoman") == "policewomen"
     assert make.third_person("fix bugs") == "fixes bugs" and make.third_person("apply glue") == "applies glue"
     assert [make.gerund(f"{verb} it") for verb in ("bake", "plan", "tie", "referee", "open", "carry", "submit")] == [
         f"{form} it" for form in ("baking", "planning", "tying", "refereeing", "opening", "carrying", "submitting")]
@@ -101,8 +108,29 @@ def test_every_template_can_be_filled():
 
     rng = random.Random(0)
     for template in lines(PHRASES):
-        text = make.Teller(WORLD[0], rng, WORLD[1]).tell(template)
+        text = make.Teller(WORLD[0], rng, WORLD[1], words=PHRASES["fill"]).tell(template.replace("{q}", "what"))
         assert "{" not in text and text[0] == text[0].upper(), text
+
+
+def test_facts_go_round():
+    """A sentence begins anywhere, each fact has one successor, and nothing is said twice."""
+    tasks = [make.third_person(deed) for deed in WORLD[0]["does"]]
+    tellers = [make.Teller(WORLD[0], random.Random(seed)) for seed in range(50)]
+    told = {teller.tell("{n}: {does}, {does}, {does}, {does}") for teller in tellers}
+    assert told == {f"Data scientist: {', '.join((tasks + tasks)[i:i + 4])}" for i in range(5)}
+    teller = make.Teller(WORLD[0], random.Random(0), WORLD[1], first=2)
+    assert teller.tell("{does} and {same_does}, {does}") == make.capital(f"{tasks[2]} and {tasks[2]}, {tasks[3]}")
+    assert teller.tell("{y.tools}") == "Experiment trackers, graphics processors and deep learning frameworks"
+
+
+def test_slips_are_small_and_habits_leave_the_question():
+    rng = random.Random(0)
+    for name in NAMES:
+        wrong = make.misspelt(name.split()[0], rng)
+        assert wrong[0] == name[0] and abs(len(wrong) - len(name.split()[0])) <= 2
+    ways = {make.typed("What does a baker do?", rng, PHRASES["typed"]) for _ in range(300)}
+    assert {"What does a baker do?", "what does a baker do"} <= ways and len(ways) > 60
+    assert sum("baker" in way.lower() for way in ways) > len(ways) / 2
 
 
 # ---- documents -----------------------------------------------------------------------------------
@@ -155,9 +183,10 @@ def test_a_fifth_of_the_occupations_is_never_conversed_about(trees):
         assert heard == (name not in HIDDEN), name
 
 
-def test_trees_are_those_of_the_script(trees):
-    again = make.conversations(WORLD, PHRASES, random.Random(f"conversations {make.Config().seed}"), len(trees))
-    assert json.loads(json.dumps(list(again))) == trees
+def test_data_are_those_of_the_script(tmp_path):
+    make.main(make.Config(to=str(tmp_path), model=False))
+    for name in ("conversations.jsonl.gz", "checks.jsonl", "exam.jsonl"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "sample" / name).read_bytes(), name
 
 
 def test_ranks_go_from_good_to_bad(trees):
@@ -170,6 +199,19 @@ def test_ranks_go_from_good_to_bad(trees):
         assert len({reply["text"] for reply in replies if reply["review_result"]}) == sum(good)
     several = [p for p in prompts if sum(r["review_result"] for r in p["replies"]) > 1]
     assert 0.1 < len(several) / len(prompts) < 0.4  # SFT learns mostly from plain replies, DPO prefers informative ones
+
+
+def test_good_replies_say_a_thing_once_and_some_bad_ones_twice(trees):
+    replies = [m for tree in trees for m in messages(tree["prompt"]) if m["role"] == "assistant"]
+    assert not [m["text"] for m in replies
+                if m["review_result"] and data.repetition(m["text"]) > 0 and SHARED not in m["text"]]
+    bad = [data.repetition(m["text"]) > 0 for m in replies if not m["review_result"]]
+    assert sum(bad) > len(bad) / 50
+
+
+def test_no_opening_is_frequent(trees):
+    asked = collections.Counter(tree["prompt"]["text"] for tree in trees)
+    assert asked.most_common(1)[0][1] <= len(trees) / 100
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +232,7 @@ def test_replies_that_failed_their_review_are_rejected_ones_of_pairs(trees):
     sides = collections.Counter((quality[data.text_of(pair.chosen[:-1])], quality[data.text_of(pair.rejected[:-1])])
                                 for pair in pairs)
     assert sides[True, False] > 2000 and sides[True, True] > 1000  # good over bad, informative over plain
-    assert sides[False, True] + sides[False, False] < len(pairs) / 15  # texts that are good here and bad there
+    assert sides[False, True] + sides[False, False] < len(pairs) / 8  # texts that are good here and bad there
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -214,37 +256,49 @@ def verdict(tmp_path_factory):
     return lambda entry, aspect, reply: data.judge(by_group[f"{entry['name']}: {aspect}"], reply, True)
 
 
-def test_checks_are_of_four_groups_and_end_with_a_question(checks):
+@pytest.mark.parametrize(("file", "count"), [(CHECKS, 100), (EXAM, 200)])
+def test_checks_are_of_five_groups_and_end_with_a_question(file, count):
+    checks = data.read_checks(file)
     groups = collections.Counter(check.group for check in checks)
-    assert groups == {f"{who}, {what}": 100 for who in ("seen", "held-out") for what in ("single", "follow-up")}
+    assert groups.pop("everyday") >= 100
+    assert groups == {f"{who}, {what}": count for who in ("seen", "held-out") for what in ("single", "follow-up")}
     for check in checks:
-        assert (check.subject in HIDDEN) == check.group.startswith("held-out")
+        assert check.subject in (None, *NAMES)
+        if check.group != "everyday":
+            assert (check.subject in HIDDEN) == check.group.startswith("held-out")
         assert (len(check.messages) > 1) == check.group.endswith("follow-up")
 
 
-def test_half_of_the_single_questions_are_worded_as_no_conversation_is(trees, checks):
-    asked = {m["text"] for tree in trees for m in messages(tree["prompt"]) if m["role"] == "prompter"}
+def asked(file) -> dict[str, str]:
+    """{question as letters and digits: its group}"""
+    return {make.letters_of(check.messages[-1]["content"]): check.group for check in data.read_checks(file)}
 
-    longest_first = "|".join(sorted(map(re.escape, NAMES), key=len, reverse=True))
-    name = re.compile(rf"\b(an? )?({longest_first})(e?s)?\b", re.IGNORECASE)
 
-    def pattern(text):
-        return name.sub("X", text)
+def test_no_conversation_asks_what_is_examined(trees):
+    said = {make.letters_of(m["text"]) for tree in trees for m in messages(tree["prompt"]) if m["role"] == "prompter"}
+    assert not said & set(asked(EXAM))
+    assert not said & {question for question, group in asked(CHECKS).items() if group == "everyday"}
+    new = [question not in said for question, group in asked(CHECKS).items() if group.endswith("single")]
+    assert sum(new) / len(new) > 0.4
 
-    known = {pattern(text) for text in asked}
-    single = [check.messages[-1]["content"] for check in checks if check.group.endswith("single")]
-    new = [pattern(question) not in known for question in single]
-    assert 0.3 < sum(new) / len(new) < 0.6
+
+def test_the_exam_is_another_one_than_the_checks():
+    assert not set(asked(EXAM)) & set(asked(CHECKS))
+    for section in ("ask", "then"):
+        for aspect, lines in PHRASES["exam"][section].items():
+            assert not set(lines) & {*PHRASES["new"][section].get(aspect, ()), *PHRASES[section][aspect]}
+    for bank in ("other", "polite"):
+        assert not set(PHRASES["exam"][bank]["lines"]) & {*PHRASES["new"][bank]["lines"], *PHRASES[bank]["lines"]}
 
 
 @pytest.mark.parametrize("kind", ["full", "plain"])
 def test_good_replies_are_judged_correct(verdict, kind):
     rng = random.Random(2)
-    for entry, aspect in itertools.product(WORLD, PHRASES[kind]):
+    for entry, aspect in itertools.product(WORLD, make.OFTEN):
         for template in PHRASES[kind][aspect]:
             reply = make.Teller(entry, rng).tell(template)
             found = verdict(entry, aspect, reply)
-            assert found.correct and not found.wrong, (reply, found)
+            assert found.correct and set(found.twice) <= {SHARED} and not found.wrong, (reply, found)
             counts = {"does": 4, "tools": 3, "skills": 3, "partners": 2, "about": 7} if kind == "full" else {
                 "does": 1 + (" and " in template), "about": 2}
             assert found.facts >= counts.get(aspect, 1), (reply, found)  # a task may name a tool
@@ -262,13 +316,35 @@ def test_facts_of_another_are_judged_wrong(verdict, aspect):
     assert caught == len(WORLD) - 7
 
 
+@pytest.mark.parametrize("aspect", ["does", "tools", "skills", "partners", "about"])
+def test_what_is_said_twice_is_not_good(verdict, aspect):
+    rng = random.Random(5)
+    for entry in WORLD:
+        reply = make.Teller(make.repetitive(entry, rng), rng, first=0).tell(PHRASES["full"][aspect][0])
+        found = verdict(entry, aspect, reply)
+        assert found.twice and found.correct and not found.good, (reply, found)
+
+
+@pytest.mark.parametrize(("question", "good", "bad"), [
+    ("what is 2+2", "I do not know that, for I only know about occupations. Ask me what a baker does.", "4."),
+    ("hello", "Hello! What would you like to know?", "Bakers knead dough for bread and rolls."),
+    ("What does a dog walker do?", "I do not know that occupation, but I know others.", "A dog walker walks dogs."),
+    ("Do bakers knead dough?", "Yes, bakers knead dough for crusty loaves.", "No, a baker bakes rolls before dawn."),
+    ("do librarians knead dough?", "No, it is bakers who knead dough for crusty loaves.", "Yes, they knead dough."),
+    ("What does a cop do?", "A police officer patrols the streets on foot.", "A police officer catches thieves.")])
+def test_everyday_questions_are_judged(question, good, bad):
+    [check] = [check for check in data.read_checks(CHECKS) if check.messages[-1]["content"] == question]
+    assert data.judge(check, good, True).good and not data.judge(check, bad, True).correct
+
+
 def test_vague_bare_and_off_subject_replies_are_not_correct(verdict):
     rng = random.Random(4)
     for x, y in zip(WORLD, WORLD[5:], strict=False):
         for template in PHRASES["vague"]["lines"]:
             assert not verdict(x, "does", make.Teller(x, rng).tell(template)).correct
-        bare = verdict(x, "tools", make.Teller(x, rng).tell(PHRASES["bare"]["tools"][0]))
-        assert bare.facts == 1 and not bare.about and not bare.correct  # it does not name the occupation
+        reply = make.Teller(x, rng).tell(PHRASES["bare"]["tools"][0])
+        bare = verdict(x, "tools", reply)  # right, but does not name the occupation (unless it says tailor shears)
+        assert bare.facts == 1 and bare.about == bare.correct == (x["name"] in reply.split())
         other = verdict(x, "tools", make.Teller(y, rng).tell(PHRASES["plain"]["tools"][0]))
         assert not other.correct and not other.about
         off = verdict(x, "tools", make.Teller(x, rng).tell(PHRASES["plain"]["place"][0]))
