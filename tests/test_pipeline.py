@@ -1,11 +1,16 @@
-"""The default pipeline, run once as a newcomer runs it, and what it has to teach: `uv run pytest -n 0 -m pipeline`."""
+"""The default pipeline, run once as a newcomer runs it, and what it has to teach: `uv run pytest -n 0 -m pipeline`.
+
+The questions are the exam's. The bars stand a little below what the README's table shows: seeds and machines differ.
+"""
 
 import subprocess
 import sys
 import time
 
 import pytest
-from benchmarks.pipeline import ROOT, run_stages
+from benchmarks.pipeline import GROUPS, ROOT, examine, rows, run_stages, table
+
+import train
 
 pytestmark = pytest.mark.pipeline
 
@@ -20,23 +25,43 @@ def found(folder):
     return run_stages(0, folder)
 
 
-def test_the_base_model_cannot_converse(found):
-    assert found["sft"]["before"]["checks"]["all"]["correct"] <= 0.25
+@pytest.fixture(scope="module")
+def exam(found, folder):
+    """{model: its scores}, printed as the README has them."""
+    path = ROOT / "sample" / "exam.jsonl"
+    scores = {"base": examine(ROOT / "sample" / "model", path, 0), "SFT": examine(folder / "sft-0", path, 1),
+              "DPO": examine(folder / "dpo-0", path, 1)}
+    print("\n" + table(rows(0, found, scores)))
+    return scores
 
 
-def test_sft_teaches_to_answer(found):
-    checks = found["sft"]["after"]["checks"]
-    assert checks["seen, single"]["correct"] >= 0.95
-    assert checks["held-out, single"]["correct"] >= 0.85
-    assert min(checks["seen, follow-up"]["correct"], checks["held-out, follow-up"]["correct"]) >= 0.85
-    assert checks["all"]["ended"] >= 0.97
+def test_the_base_model_cannot_converse(exam):
+    assert exam["base"]["greedy"]["all"]["correct"] <= 0.2
 
 
-def test_dpo_teaches_to_say_more_and_nothing_wrong(found):
-    before, after = (found["dpo"][when]["checks"]["all"] for when in ("before", "after"))
-    assert after["facts"] >= 1.35 * before["facts"]
-    assert after["correct"] >= before["correct"] - 0.02
-    assert found["dpo"]["metrics"]["val_reward_accuracy"] >= 0.87
+@pytest.mark.parametrize("stage", ["SFT", "DPO"])
+def test_what_is_asked_is_answered_right_and_once(exam, stage):
+    greedy, drawn = exam[stage]["greedy"], exam[stage]["drawn"]
+    assert min(greedy[group]["correct"] for group in GROUPS[:4]) >= 0.97
+    assert greedy["everyday"]["correct"] >= 0.88
+    assert greedy["all"]["twice"] <= 0.02 and greedy["all"]["ended"] >= 0.99
+    assert drawn["all"]["good"] >= 0.94
+
+
+def test_dpo_teaches_to_say_more_and_nothing_wrong(exam, found):
+    before, after = (exam[stage]["greedy"] for stage in ("SFT", "DPO"))
+    assert after["all"]["facts"] >= 1.4 * before["all"]["facts"]
+    assert all(after[group]["correct"] >= before[group]["correct"] - 0.02 for group in GROUPS[:4])
+    assert found["dpo"]["metrics"]["val_reward_accuracy"] >= 0.94
+
+
+def test_the_curves_have_no_jumps(folder):
+    """From the tenth step on, no step's loss is far from the mean of the ten before."""
+    for stage in ("sft", "dpo"):
+        losses = [record["loss"] for record in train.read_metrics(folder / f"{stage}-0") if "loss" in record]
+        for i in range(10, len(losses)):
+            recent = sum(losses[i - 10:i]) / 10
+            assert abs(losses[i] - recent) < max(0.3, 0.6 * recent), (stage, i, losses[i - 10:i + 1])
 
 
 def test_chat_answers_what_a_data_scientist_does(found, folder):

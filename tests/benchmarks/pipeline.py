@@ -1,6 +1,10 @@
-"""What the default pipeline teaches, counted on the sample's checks, for several seeds: the README's table.
+"""What the default pipeline teaches, examined for several seeds: the README's table.
 
     uv run tests/benchmarks/pipeline.py --seeds 0 1 2
+    uv run tests/benchmarks/pipeline.py --precision bf16
+
+The questions are those of sample/exam.jsonl, which served to choose nothing. Each is answered greedily, and `--draws`
+times as chat.py answers with no options.
 """
 
 import json
@@ -13,48 +17,82 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import chat  # noqa: E402 - the project's scripts lie two folders up
+import data  # noqa: E402
+import model  # noqa: E402
+import train  # noqa: E402
+
+GROUPS = ("seen, single", "seen, follow-up", "held-out, single", "held-out, follow-up", "everyday")
+REPLY_TOKENS = 96
 
 
 @dataclass
 class Config:
     seeds: tuple[int, ...] = (0, 1, 2)  # of the order of the rows, the split and LoRA's first values
+    precision: str = "auto"  # of the training and of the replies: fp32, bf16, or what the scripts choose by themselves
+    draws: int = 3  # replies to each question at chat.py's own temperature
+    exam: str = str(ROOT / "sample" / "exam.jsonl")
     out: str = "runs/pipeline"  # where the runs go
 
 
-def run_stages(seed: int, out: Path) -> dict[str, dict]:
-    """`sft.py` and `dpo.py` with no options but the seed and the folders; their run.json, and the seconds each took."""
+def run_stages(seed: int, out: Path, precision: str = "auto") -> dict[str, dict]:
+    """`sft.py` and `dpo.py` with no options but seed, precision, folders: their run.json, and the seconds of each."""
     sft, dpo = out / f"sft-{seed}", out / f"dpo-{seed}"
     found = {}
     for stage, folder, more in (("sft", sft, []), ("dpo", dpo, ["--model", str(sft)])):
         began = time.perf_counter()
-        subprocess.run([sys.executable, f"{stage}.py", "--seed", str(seed), "--out", str(folder), "--overwrite", *more],
-                       cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, f"{stage}.py", "--seed", str(seed), "--out", str(folder), "--overwrite",
+                        "--precision", precision, *more], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         found[stage] = json.loads((folder / "run.json").read_text()) | {"wall": time.perf_counter() - began}
     return found
 
 
-GROUPS = ("seen, single", "seen, follow-up", "held-out, single", "held-out, follow-up")
+def examine(folder: str | Path, exam: str | Path, draws: int, precision: str = "auto") -> dict[str, dict]:
+    """The scores of a model's likeliest replies to an exam, and of some that chat.py draws."""
+    checks, precision = data.read_checks(exam), model.pick_precision(precision, model.pick_device("cpu"), small=True)
+    gpt = model.for_generation(model.GPT.from_pretrained(folder), precision).eval()
+    greedy = train.answer(gpt, [check.messages for check in checks], REPLY_TOKENS)
+    verdicts = [data.judge(check, *reply) for check, reply in zip(checks, greedy, strict=True)]
+    settings = chat.Config(max_new_tokens=REPLY_TOKENS)
+    drawn = [(check, "".join(chat.reply(gpt, check.messages, settings, seed=seed)))
+             for seed in range(draws) for check in checks]
+    return {"greedy": data.tally(verdicts), "drawn": data.tally(data.judge(*reply, ended=True) for reply in drawn)}
 
 
-def rows(found: dict[str, dict]) -> list[list[str]]:
+def rows(seed: int, found: dict[str, dict], examined: dict[str, dict]) -> list[list[str]]:
     """A line each for the base model, the SFT model and the DPO model."""
     lines = []
-    for name, stage, when in (("base", "sft", "before"), ("SFT", "sft", "after"), ("DPO", "dpo", "after")):
-        checks = found[stage][when]["checks"]
-        accuracy = f"{found['dpo']['metrics']['val_reward_accuracy']:.1%}" if name == "DPO" else "-"
-        lines.append([name, *(f"{checks[g]['correct']:.0%}" for g in GROUPS), f"{checks['all']['facts']:.2f}",
-                      f"{checks['all']['ended']:.1%}", f"{checks['all']['words']:.1f}", accuracy,
-                      "-" if name == "base" else f"{found[stage]['wall']:.0f} s"])
+    for name, scores in examined.items():
+        greedy, drawn, stage = scores["greedy"], scores["drawn"]["all"], name.lower()
+        lines.append([str(seed) if name != "base" else "", name, *(f"{greedy[g]['correct']:.1%}" for g in GROUPS),
+                      f"{greedy['all']['twice']:.1%}", f"{greedy['all']['good']:.1%}",
+                      f"{drawn['good']:.1%}" if drawn["n"] else "-", f"{greedy['all']['facts']:.2f}",
+                      f"{greedy['all']['words']:.1f}", f"{greedy['all']['ended']:.1%}",
+                      f"{found['dpo']['metrics']['val_reward_accuracy']:.1%}" if name == "DPO" else "-",
+                      f"{found[stage]['wall']:.0f} s" if stage in found else "-"])
     return lines
 
 
+HEAD = ("seed", "model", *(f"correct: {group}" for group in GROUPS), "say a thing twice", "correct and said once",
+        "the same as chat.py draws", "facts per reply", "words per reply", "end by themselves",
+        "reward accuracy, held-out pairs", "time")
+
+
+def table(lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [list(HEAD), ["---"] * len(HEAD), *lines])
+
+
 def main(cfg: Config) -> None:
-    print("| seed | model | correct: " + " | ".join(GROUPS)
-          + " | facts per reply | end by themselves | words per reply | reward accuracy, held-out pairs | time |")
-    print("|---" * 11 + "|")
+    out, lines = ROOT / cfg.out, []
     for seed in cfg.seeds:
-        for line in rows(run_stages(seed, ROOT / cfg.out)):
-            print("| " + " | ".join([str(seed), *line]) + " |", flush=True)
+        found = run_stages(seed, out, cfg.precision)
+        examined = {} if lines else {"base": examine(ROOT / "sample" / "model", cfg.exam, 0, cfg.precision)}
+        for stage in ("sft", "dpo"):
+            examined[stage.upper()] = examine(out / f"{stage}-{seed}", cfg.exam, cfg.draws, cfg.precision)
+        lines += rows(seed, found, examined)
+    print(table(lines))
 
 
 if __name__ == "__main__":
