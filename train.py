@@ -1036,7 +1036,7 @@ def _samples(run: Run, before: dict, after: dict, moved: list[list[Words]]) -> s
             parts.append(f"Each word of the replies after {run.stage}: log pi - log pi before, "
                          f"{data.NATS.strip('()')}.\n")
             parts.append(_fenced("\n\n".join(textwrap.fill(data.shaded(words), 88) for words in replies)))
-    if after["repetition"] is not None:
+    if None not in (before.get("repetition"), after["repetition"]):
         parts.append(f"Repetition in these replies (rep-4): {before['repetition']:.1%} before, "
                      f"{after['repetition']:.1%} after\n")
     if "checks" in after:

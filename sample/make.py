@@ -28,7 +28,7 @@ import random
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -72,7 +72,7 @@ class Config(Settings):
     n_embd: int = 128
     n_head: int = 4
     row: int = 256  # tokens of documents in a row
-    steps: int = 5000  # optimiser steps
+    steps: int = 15_000  # optimiser steps
     batch_size: int = 8  # rows a step: facts are learnt by being met often, so small steps and many of them
     lr: float = 3e-3  # highest learning rate
     init_scale: float = 4.0  # first weights, as a multiple of GPT-2's, which suit its widths: 0.08 is about 1/sqrt(128)
@@ -310,7 +310,7 @@ def typed(text: str, rng: random.Random, habits: dict[str, list[str]]) -> str:
 # ---- documents -----------------------------------------------------------------------------------
 
 KINDS = {"encyclopedia": 5, "advert": 2, "diary": 2, "interview": 2, "story": 3, "card": 3, "riddle": 2,
-         "comparison": 5, "letter": 0.6, "quiz": 3, "meanings": 4, "questions": 2}  # how often each
+         "comparison": 5, "letter": 0.6, "quiz": 3, "meanings": 4, "questions": 2, "answers": 12}  # how often each
 
 
 def neighbours(world: list[dict]) -> dict[str, list[dict]]:
@@ -320,8 +320,11 @@ def neighbours(world: list[dict]) -> dict[str, list[dict]]:
             for x in world}
 
 
-def documents(world: list[dict], phrases: dict, rng: random.Random) -> Iterator[str]:
-    """Texts without end, each on one occupation, comparing two, or with another one in every line."""
+def documents(world: list[dict], phrases: dict, rng: random.Random, kept_back: Set[str] = frozenset()) -> Iterator[str]:
+    """Texts without end, each on one occupation, comparing two, or with another one in every line.
+
+    No question of those in `kept_back` is answered in them.
+    """
     talk = Talk(world, phrases, rng)
     while True:
         [kind] = rng.choices(list(KINDS), list(KINDS.values()))
@@ -334,10 +337,17 @@ def documents(world: list[dict], phrases: dict, rng: random.Random) -> Iterator[
             yield teller.tell(rng.choice(phrases["letters"]["lines"]))
             continue
         about = phrases["kinds"][kind]
-        between = "\n" if kind in ("questions", "card", "riddle", "quiz", "meanings") else " "
+        between = "\n" if kind in ("questions", "answers", "card", "riddle", "quiz", "meanings") else " "
         sentences = [teller.tell(rng.choice(about["open"]))]
         if kind == "questions":
             sentences += [talk.overheard() for _ in range(8)]
+        elif kind == "answers":
+            before = None
+            for _ in range(rng.randint(3, 6)):
+                kinds = {"ask": 5, "then": 6 * bool(before), "other": 6 * bool(before), "who": 1, "whether": 1.5,
+                         "compare": 0.5}
+                question, good, _, before = talk.asked(kinds, before, kept_back)
+                sentences += [f"Q: {question}", f"A: {rng.choice(good)}"]
         elif kind in ("quiz", "meanings"):
             for _ in range(8):
                 x = talk.occupation()
@@ -470,6 +480,15 @@ class Talk:
         count = 1 if not several else 2
         return good, [bad[i] for i in sorted(rng.sample(range(len(bad)), count))]
 
+    def asked(self, kinds: dict[str, float], before: tuple | None, kept_back: Set[str]) -> tuple:
+        """An exchange of one of the kinds, by their weights, with its question as people type it."""
+        while True:
+            [kind] = self.rng.choices(list(kinds), list(kinds.values()))
+            question, *others = self.exchange(kind, before)
+            question = typed(question, self.rng, self.phrases["typed"])
+            if letters_of(question) not in kept_back:
+                return question, *others
+
     def exchange(self, kind: str, before: tuple | None) -> tuple[str, list[str], list[str], tuple | None]:
         """One question with its good and bad replies, and what is spoken of then: (occupation, aspect) or None."""
         rng, say, x = self.rng, self.say, self.occupation()
@@ -543,7 +562,7 @@ def repetitive(x: dict, rng: random.Random, first: int | None = None) -> dict:
 
 
 def conversations(world: list[dict], phrases: dict, rng: random.Random, count: int,
-                  kept_back: set[str]) -> Iterator[dict]:
+                  kept_back: Set[str]) -> Iterator[dict]:
     """Message trees as OpenAssistant exports them.
 
     A tree is one conversation with other replies beside its own. Bad ones failed their review, so a reader of threads
@@ -558,13 +577,7 @@ def conversations(world: list[dict], phrases: dict, rng: random.Random, count: i
             kinds = {"ask": 5, "then": 8 * bool(before), "other": 7 * bool(before), "who": 0.8, "whether": 1.2,
                      "compare": 0.5, "unknown": 1.2, "strange": 0.6, "beyond": 0.5,
                      "talk": 1.5 if turn == 0 else 1.2 if turn == turns - 1 else 0.2}
-            while True:
-                kind = rng.choices(list(kinds), list(kinds.values()))[0]
-                question, good, bad, spoken_of = talk.exchange(kind, before)
-                question = typed(question, rng, phrases["typed"])
-                if letters_of(question) not in kept_back:
-                    break
-            before = spoken_of
+            question, good, bad, before = talk.asked(kinds, before, kept_back)
             prompt = message("prompter", question)
             prompt["replies"] = [message("assistant", text, review_result=text in good, rank=rank)
                                  for rank, text in enumerate(dict.fromkeys(good + bad))]  # bad ones may come out good
@@ -658,13 +671,13 @@ def write_lines(path: Path, objects) -> None:
 RARE = 20  # times that a word has to occur in the documents to be learnt
 
 
-def read_documents(world: list[dict], phrases: dict, cfg: Config) -> tuple[data.Data, np.ndarray]:
+def read_documents(world: list[dict], phrases: dict, kept_back: Set[str], cfg: Config) -> tuple[data.Data, np.ndarray]:
     """Enough documents for all steps, end to end and cut into rows, in ids of a vocabulary of their own.
 
     Returns the rows and `vocabulary`, the GPT-2 ids that occur often enough. Id i of the rows is vocabulary[i]; the
     number after the last stands for all other words, which are read and not predicted.
     """
-    tokens, texts = data.tokenizer(), documents(world, phrases, random.Random(f"documents {cfg.seed}"))
+    tokens, texts = data.tokenizer(), documents(world, phrases, random.Random(f"documents {cfg.seed}"), kept_back)
     count, wanted, parts = 0, (cfg.steps * cfg.batch_size + 64) * cfg.row, []
     while count < wanted:
         parts += [[data.EOT, *tokens.encode_ordinary(text)] for text in itertools.islice(texts, 1000)]
@@ -711,8 +724,8 @@ def with_all_words(gpt, vocabulary: np.ndarray):
     return whole
 
 
-def pretrain(world: list[dict], phrases: dict, cfg: Config) -> None:
-    rows, vocabulary = read_documents(world, phrases, cfg)
+def pretrain(world: list[dict], phrases: dict, kept_back: Set[str], cfg: Config) -> None:
+    rows, vocabulary = read_documents(world, phrases, kept_back, cfg)
     torch.manual_seed(cfg.seed)
     gpt = model.GPT(model.GPTConfig(len(vocabulary) + 1, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head))
     with torch.no_grad():  # at the scale of GPT-2's first weights so narrow a model learns half as fast
@@ -751,7 +764,7 @@ def main(cfg: Config) -> None:
     write_lines(folder / "conversations.jsonl.gz",
                 conversations(world, phrases, random.Random(f"conversations {cfg.seed}"), cfg.trees, kept_back))
     if cfg.model:
-        pretrain(world, phrases, cfg)
+        pretrain(world, phrases, kept_back, cfg)
 
 
 if __name__ == "__main__":
