@@ -1985,7 +1985,7 @@ def judge(check: Check, reply: str, ended: bool) -> Verdict:
     about = not subject or any(occurs(form, text) for form in plurals(check.subject))
     facts = sum(any(occurs(words(wording), text) for wording in fact) for fact in check.facts)
     if not subject:
-        own = {place: fact[0] for fact in check.facts for wording in fact for place in places(words(wording), text)}
+        own = {place: wording for wording in chain.from_iterable(check.facts) for place in places(words(wording), text)}
     twice = said_twice(reply, own, plurals(check.subject) if subject else [])
     return Verdict(about and facts >= 1 and not wrong, about, facts, wrong, twice, ended, len(reply.split()),
                    check.group, repetition(reply))
@@ -2339,7 +2339,7 @@ FOREIGN = {
     "save-total-limit": "keep", "warmup-ratio": "warmup", "warmup-steps": "warmup", "wd": "weight-decay",
     "adam-beta2": "beta2", "grad-clip": "clip", "max-grad-norm": "clip", "loss-type": "loss", "random-seed": "seed",
     "dtype": "precision", "bf16": "precision", "fp16": "precision", "gradient-checkpointing": "recompute",
-    "torch-compile": "compile", "report-to": "tracker", "peft": "adapter", "lora": "adapter lora-rank",
+    "torch-compile": "compile", "report-to": "tracker", "peft": "adapter", "lora": "lora-rank adapter",
     "temp": "temperature", "topk": "top-k", "topp": "top-p", "repeat-penalty": "repetition-penalty",
     "system-prompt": "system", "resume": "out", "resume-from-checkpoint": "out"}
 

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: a base model learns to converse by continuing conversations it is shown.
 
     uv run sft.py                                   the bundled sample: minutes on a laptop's CPU, no network
-    uv run sft.py --preset gpt2-medium              OpenAI's GPT-2 355M on SmolTalk and OASST
+    uv run sft.py --preset gpt2-medium              OpenAI's GPT-2 355M on smol-smoltalk, OASST and more
     uv run sft.py --preset gpt2 --data my_chats.jsonl --out runs/mine
 """
 

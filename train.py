@@ -1020,6 +1020,7 @@ def checks_table(before: dict, after: dict):
 
 
 def _changes(before: dict, after: dict) -> list[str]:
+    before = before if before.keys() >= after.keys() else after  # it may be of an older version
     cells = zip(score_cells(before).values(), score_cells(after).values(), strict=True)
     return [f"{was} -> {now}" for was, now in cells]
 
@@ -1662,7 +1663,7 @@ def plot_curves(folders: list[Path], path: Path) -> None:
                       label=name)
         axis.set(title="checks", xlabel="share of replies that are correct", ylabel="questions", xlim=(0, 1))
         axis.set_yticks(range(len(groups)), [textwrap.fill(data.visible(group), 14, break_on_hyphens=False)
-                                             for group in groups])
+                                             for group in groups], parse_math=False)
         axis.set_ylim(len(groups) + 0.1, -0.6)  # from the top down, with room for the legend
         axis.legend(fontsize="small", loc="lower left", ncols=len(checked))
     for axis, (title, keys, unit) in zip(axes.flat, panels, strict=False):

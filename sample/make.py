@@ -1,14 +1,14 @@
-"""Make the bundled sample: documents, a base model that has read them, conversations, and checks.
+"""Make the bundled sample: documents, a base model that has read them, conversations, checks and an exam.
 
-    uv run sample/make.py               everything anew, in half an hour
-    uv run sample/make.py --no-model    conversations and checks only
-    uv run sample/make.py --show 5      print five of the documents that the base model reads
+    uv run sample/make.py               everything anew, in a good hour
+    uv run sample/make.py --no-model    conversations, checks and exam only
+    uv run sample/make.py --show 5      print five documents of the kind that the base model reads
     uv run sample/make.py --quick       a tiny version of everything, in seconds, into runs/quick
 
 world.json knows 216 occupations, phrases.toml knows how such things are said, and this script brings the two together:
 
-    documents            encyclopedia entries, adverts, diaries, riddles ... on all occupations, never a conversation.
-                         The base model (sample/model/) reads them and nothing else.
+    documents            encyclopedia entries, adverts, diaries, riddles, questions with answers ... on all occupations,
+                         never in the chat template. The base model (sample/model/) reads them and nothing else.
     conversations.jsonl.gz   threads with ranked replies, as OpenAssistant exports its trees, on four fifths of the
                          occupations. What a chat model says of the other fifth, it learnt before SFT.
     checks.jsonl         questions with the facts that a good reply contains, for `--checks` of sft.py and dpo.py.
@@ -59,14 +59,14 @@ model = lazy("model")
 
 @dataclass(kw_only=True)
 class Config(Settings):
-    to: str = str(HERE)  # folder that gets conversations.jsonl.gz, checks.jsonl and model/
+    to: str = str(HERE)  # folder that gets conversations.jsonl.gz, checks.jsonl, exam.jsonl and model/
     out: str = "runs/base"  # run folder of the pre-training; the same command again goes on where it stopped
     model: bool = True  # pre-train the base model
     quick: bool = False  # a tiny world, model and everything, into runs/quick
     show: int = 0  # print so many documents and do nothing else
 
     trees: int = 5000  # conversation trees
-    questions: int = 100  # checks in each of the four groups
+    questions: int = 100  # checks in each of the four groups made from the world; the exam has twice as many
     occupations: int = 1000  # of the world's, at most so many
     n_layer: int = 6  # 6 layers of 128 and GPT-2's 50,257 words are 7.8 million parameters, 16 MB in fp16
     n_embd: int = 128
@@ -101,7 +101,7 @@ class Config(Settings):
         data.check_limits(self)
         others = [path for path in Path(self.to, "model").glob("*")
                   if path.name not in ("config.json", "generation_config.json", "model.safetensors")]
-        for name in ("conversations.jsonl.gz", "checks.jsonl"):
+        for name in ("conversations.jsonl.gz", "checks.jsonl", "exam.jsonl"):
             path = Path(self.to, name)
             first = next((row for _, _, row in data.file_rows(path)), None) if path.is_file() else {"subject": ""}
             known = isinstance(first, dict) and (str(first.get("message_tree_id")).startswith("sample-")

@@ -135,6 +135,19 @@ def test_slips_are_small_and_habits_leave_the_question():
 
 # ---- documents -----------------------------------------------------------------------------------
 
+
+def answered(kept_back: set[str]) -> set[str]:
+    """What the documents of one seed answer, as letters and digits."""
+    texts = itertools.islice(make.documents(WORLD, PHRASES, random.Random(2), kept_back), 1000)
+    return {make.letters_of(line.removeprefix("Q: "))
+            for text in texts for line in text.splitlines() if line.startswith("Q: ")}
+
+
+def test_no_document_answers_what_is_kept_back():
+    often = {"what does a baker do"} | set(list(answered(set()))[:100])
+    assert len(answered(set())) > 500 and not often & answered(often)
+
+
 DOCUMENTS = list(itertools.islice(make.documents(WORLD, PHRASES, random.Random(1)), 5000))
 
 
