@@ -293,11 +293,8 @@ class KVCache:
 
     def shared(self, ids: list[int]) -> int:
         """How many of the first `ids` are here already; never all, for the last one's logits are wanted."""
-        count = 0
-        # self.length, because an interrupted extend() leaves ids that have no keys yet
-        while count < min(self.length, len(self.ids), len(ids) - 1) and self.ids[count] == ids[count]:
-            count += 1
-        return count
+        most = min(self.length, len(self.ids), len(ids) - 1)  # an interrupted extend() leaves ids that have no keys yet
+        return next((i for i in range(most) if self.ids[i] != ids[i]), most)
 
     def continue_from(self, gpt: GPT, ids: list[int]) -> Tensor:
         """Logits (1, V) after `ids`, computing only what they do not share with the tokens already here."""
@@ -341,28 +338,17 @@ def generate(gpt: GPT, ids: list[int], max_new_tokens: int = 256, *, temperature
         raise ValueError("generate needs at least one token to start from")
     if not 0 <= min(ids) <= max(ids) < gpt.config.vocab_size:
         raise ValueError(f"token ids must lie in 0..{gpt.config.vocab_size - 1}, got {min(ids)}..{max(ids)}")
-    if max_new_tokens < 1:
-        return
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    cache = cache or KVCache(gpt)
-    ids, written, start = list(ids), len(ids), window_start(len(ids), gpt.config.n_positions)
-    logits = cache.continue_from(gpt, ids[start:])
-    while True:
+    ids, cache = list(ids), cache or KVCache(gpt)
+    for _ in range(max_new_tokens):
+        start = window_start(len(ids), gpt.config.n_positions)
+        logits = cache.continue_from(gpt, ids[start:])                         # (1, V)
         token = choose(logits[0], ids, temperature, top_k, top_p, min_p, repetition_penalty, generator, stop)
         if token == stop:
             return
         yield token
         ids.append(token)
-        if len(ids) - written >= max_new_tokens:
-            return
-        moved = window_start(len(ids), gpt.config.n_positions)
-        if moved != start:
-            start = moved
-            logits = cache.continue_from(gpt, ids[start:])
-        else:
-            cache.ids.append(token)
-            logits = cache.extend(gpt, torch.tensor([[token]], device=gpt.device))
 
 
 # ======== The same numbers, faster; files; the machine. A reader of the mathematics may stop here.
@@ -747,7 +733,6 @@ SAMPLE = Path(__file__).parent / "sample" / "model"  # the bundled base model
 HUB = "openai-community"  # where OpenAI's four are on the Hugging Face Hub
 PATIENCE = 10  # seconds that the Hub has to answer the first question
 HUB_FILES = ("config.json", "model.safetensors")  # of each; the others are the same weights once more
-WANTED = f"sample, {', '.join(SIZES)}, or the folder of a model"
 
 
 def find_model(spec: str) -> Path:
@@ -780,8 +765,8 @@ def check_model(spec: str) -> None:
     else:
         near = difflib.get_close_matches(spec.rpartition("/")[2], ["sample", *SIZES], n=1)
         why = f"there is no such folder in {Path.cwd()}" + (f"; did you mean {near[0]}?" if near else "")
-    raise FileNotFoundError(f"no model in '{spec}': {why}\nWanted: {WANTED} (with its config.json).\n"
-                            "To train one: uv run sft.py")
+    raise FileNotFoundError(f"no model in '{spec}': {why}\nWanted: sample, {', '.join(SIZES)}, or the folder of a "
+                            "model (with its config.json).\nTo train one: uv run sft.py")
 
 
 def read_model(folder: Path) -> GPT:
@@ -943,20 +928,20 @@ def _from_hub(name: str) -> Path:
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
-    if wanted != "auto":
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    else:
         try:
             if torch.device(wanted).type not in ("cuda", "mps", "cpu"):
                 raise RuntimeError("wanted: cuda, mps or cpu")
             torch.empty(0, device=wanted)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {wanted} cannot be used here: {str(error).splitlines()[0]}") from None
-    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
+    if wanted == "cuda":
         # which Hopper would take: it plans anew for every length, and each conversation has another
         torch.backends.cuda.enable_cudnn_sdp(False)
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if wanted != "auto":
-        return torch.device(wanted)
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device(wanted)
 
 
 def pick_precision(wanted: str, device: torch.device, small: bool = False) -> str:
