@@ -166,7 +166,7 @@ def train(gpt: model.GPT, loss_fn, train_batches, val_batches: list[data.Batch],
             save_checkpoint(gpt, optimizer, state, cfg, run)
             saved = state.step
 
-    with Log(run, state) as log, run.stoppable(log, state, save):
+    with contextlib.closing(Log(run, state)) as log, run.stoppable(log, state, save):
         measured = measure(gpt, loss, val_batches, state, log, cfg, run)  # of a checkpoint's step too, when resumed
         while state.step < cfg.steps:
             state.record = step(loss, optimizer, train_batches, state, cfg, run)
@@ -211,7 +211,7 @@ def step(loss, optimizer, train_batches, state: State, cfg: Settings, run: Run) 
             "peak_memory_bytes": model.peak_memory(run.device), **means(totals)}
 
 
-def accumulate(loss, optimizer, train_batches, state: State, cfg: Settings, run: Run) -> tuple[list, dict[str, float]]:
+def accumulate(loss, train_batches, state: State, cfg: Settings, run: Run) -> tuple[list, dict[str, float]]:
     """Forward and backward over the step's micro-batches: these, and the totals of all processes.
 
     Gradients of the sum of all losses are left where the optimiser looks for them.
@@ -225,11 +225,7 @@ def accumulate(loss, optimizer, train_batches, state: State, cfg: Settings, run:
             total.backward()
         sums.add(total, count, metrics | {"row_tokens": torch.tensor(float(batch.row_tokens))})
         if i < len(batches) - 1:
-            try:
-                run.stop_point(together=False)
-            except Interrupted:
-                optimizer.zero_grad(set_to_none=True)
-                raise
+            run.stop_point(together=False)
     return batches, sums.totals(run)
 
 
@@ -401,7 +397,7 @@ def with_less_memory(accumulate, loss, optimizer, train_batches, state: State, c
     """accumulate(...); where memory runs out in the first steps, with half the micro-batches and the same gradient."""
     while True:
         try:
-            return accumulate(loss, optimizer, train_batches, state, cfg, run)
+            return accumulate(loss, train_batches, state, cfg, run)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -758,9 +754,8 @@ def parallelise(gpt: model.GPT, loss_fn, cfg: Settings, run: Run):
 
         for part in (*gpt.h, loss):
             fully_shard(part)
-        for part in (*gpt.h, loss):  # sums, on every backend: the loop divides by the count (pytorch issue 162338)
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)
+            part.set_gradient_divide_factor(1.0)  # the loop divides by the count
+            part.set_force_sum_reduction_for_comms(True)  # so sums, on every backend (pytorch issue 162338)
     elif run.world > 1:
         ids = [run.device.index] if run.device.type == "cuda" else None
         parallel = torch.nn.parallel.DistributedDataParallel
@@ -776,19 +771,18 @@ def synchronised(loss, last: bool):
     return loss.no_sync() if waits else contextlib.nullcontext()
 
 
-def whole_weights(gpt: model.GPT, run: Run, frozen: bool = True) -> dict[str, torch.Tensor]:
-    """The model's weights in one piece on rank 0, however they are spread; without `frozen`, those that learn."""
+def whole_weights(gpt: model.GPT) -> dict[str, torch.Tensor]:
+    """The model's weights in one piece on rank 0, however they are spread."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    weights = get_model_state_dict(gpt, options=_state_options(ignore_frozen_params=not frozen))
-    return {name: w.detach().contiguous() for name, w in weights.items()}
+    return {name: w.detach().contiguous() for name, w in get_model_state_dict(gpt, options=_state_options()).items()}
 
 
 def whole_model(gpt: model.GPT, run: Run) -> model.GPT:
     """On rank 0, a model that can answer on its own: the one in training, or under FSDP a merged copy of it."""
     if not any(hasattr(part, "unshard") for part in gpt.modules()):  # which FSDP2 adds
         return gpt
-    weights = whole_weights(gpt, run)
+    weights = whole_weights(gpt)
     if not run.is_main:
         return gpt  # which is never asked: rank 0 alone answers
     with torch.device("meta"):
@@ -800,7 +794,7 @@ def whole_model(gpt: model.GPT, run: Run) -> model.GPT:
 def _state_options(**more):
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
-    return StateDictOptions(full_state_dict=True, cpu_offload=True, **more)
+    return StateDictOptions(**{"full_state_dict": True, "cpu_offload": True} | more)
 
 
 # ---- before and after ----------------------------------------------------------------------------
@@ -1009,11 +1003,9 @@ def checks_table(before: dict, after: dict):
     from rich.text import Text
 
     table = Table(title="checks, before -> after", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    headings = list(score_cells(after["all"]))
-    for heading in ("group", "asked", *headings):
-        heading = heading.replace("end by themselves", "ended").replace(" per ", "\nper ")
-        table.add_column(heading.replace("by ", "by\n").replace(" and ", " and\n"),
-                         justify="left" if heading == "group" else "right", overflow="fold")
+    for heading in ("group", "asked", *score_cells(after["all"])):
+        heading = heading.replace("end by themselves", "ended").replace(" per ", "\nper ").replace(" and ", " and\n")
+        table.add_column(heading, justify="left" if heading == "group" else "right", overflow="fold")
     for group, now in after.items():
         table.add_row(Text(data.visible(group)), str(now["n"]), *_changes(before.get(group, now), now))
     return table
@@ -1272,7 +1264,7 @@ def _short(value) -> str:
 
 def export(gpt: model.GPT, cfg: Settings, run: Run) -> None:
     """Leave the finished model as a folder that transformers and PEFT open as it is."""
-    weights = whole_weights(gpt, run)
+    weights = whole_weights(gpt)
     if not run.is_main:
         return
     if any(layer.base.weight.dtype != torch.float32 for layer in lora.adapters(gpt).values()):  # for training only
@@ -1336,7 +1328,7 @@ def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run:
             save_file(tensors, temporary / "optimizer.safetensors")
             rest = {"state": asdict(state), "param_groups": moments["param_groups"]}
             (temporary / "state.json").write_text(json.dumps(rest), encoding="utf-8")
-            files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
+            files = {path.name: {"size": path.stat().st_size, "sha256": data.file_sha256(path)}
                      for path in sorted(temporary.iterdir())}
             (temporary / "manifest.json").write_text(
                 sealed({"files": files, "config": asdict(cfg), "versions": versions(run.device)}), encoding="utf-8")
@@ -1351,11 +1343,7 @@ def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run:
 def load_checkpoint(gpt: model.GPT, optimizer, run: Run) -> State | None:
     """Go on from the newest checkpoint that verifies; says which were skipped and why. None if there is none."""
     from safetensors.torch import load_file
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
     weights, moments, state = {}, {}, None
     if run.is_main:  # the others get it from rank 0, which has the run's folder
@@ -1370,8 +1358,8 @@ def load_checkpoint(gpt: model.GPT, optimizer, run: Run) -> State | None:
                 moments["state"][name][kind] = moment.clone()  # the loop changes it, and the file stays mapped
             run.say(f"resumed {folder}")
     if state := run.shared(state):
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=run.world > 1, strict=False,
-                                   ignore_frozen_params=True)
+        options = _state_options(cpu_offload=False, broadcast_from_rank0=run.world > 1, strict=False,
+                                 ignore_frozen_params=True)
         # one by one: set_state_dict takes the other ranks' empty weights for the wish to have none, and all would wait
         set_optimizer_state_dict(gpt, optimizer, moments, options=options)
         set_model_state_dict(gpt, weights, options=options)
@@ -1406,7 +1394,7 @@ def verify_checkpoint(folder: Path) -> str:
             size = (folder / name).stat().st_size
             if size != about["size"]:
                 return f"{name} has {size} bytes instead of {about['size']}"
-            if sha256(folder / name) != about["sha256"]:
+            if data.file_sha256(folder / name) != about["sha256"]:
                 return f"{name} is damaged (its sha256 differs)"
     except FileNotFoundError:
         return f"{name} is missing"
@@ -1459,11 +1447,6 @@ def writing(what: Path, size: int = 0):
                       "checkpoint.") from None
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # ---- log and curves ------------------------------------------------------------------------------
 
 
@@ -1488,7 +1471,6 @@ class Log:
         if run.is_main:  # the line of the checkpoint's step and those after it will be written again
             records = read_metrics(run.folder) if self.path.is_file() else []
             write_file(self.path, "".join(json.dumps(r) + "\n" for r in records if r["step"] < state.step))
-            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self.tracker = _tracker(run) if run.is_main else None
         if run.is_main and run.console.is_interactive and sys.stdout.isatty():
             run.bar = Progress(TextColumn(of, table_column=Column(no_wrap=True)), BarColumn(bar_width=8), left,
@@ -1500,9 +1482,8 @@ class Log:
     def write(self, record: dict) -> None:
         if not self.run.is_main:
             return
-        with writing(self.path):
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
         if self.tracker:
             try:
                 self.tracker(record)
@@ -1518,19 +1499,10 @@ class Log:
         if self.run.bar:
             self.run.bar.update(self.task, completed=step)
 
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
-
     def close(self) -> None:
         if self.run.bar:
             self.run.bar.stop()
             self.run.bar = None
-        if self.run.is_main:
-            with contextlib.suppress(OSError):  # of a full disk, which has been reported
-                self.file.close()
 
 
 def summary(record: dict, width: int = 1000) -> str:
@@ -1670,12 +1642,10 @@ def plot_curves(folders: list[Path], path: Path) -> None:
         for name, records in runs.items():
             for key in keys:
                 points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-                if not points:
-                    continue
-                steps, values = zip(*points, strict=True)
                 marks = {"marker": "o", "markersize": 3} if key.startswith("val_") else {"linewidth": 1, "alpha": 0.8}
                 label = data.visible(name).replace("$", r"\$")  # which would begin a formula
-                axis.plot(steps, values, label=key if len(runs) == 1 else f"{label} {key}", **marks)
+                if points:
+                    axis.plot(*zip(*points, strict=True), label=key if len(runs) == 1 else f"{label} {key}", **marks)
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.grid(alpha=0.3)
         if len(keys) > 1 or len(runs) > 1:
@@ -1716,8 +1686,11 @@ class Compare:
     debug: bool = False  # show the traceback of an error
 
 
-COLUMNS = [("step", "{:,}"), ("loss", "{:.4f}"), ("val_loss", "{:.4f}"), ("val_reward_accuracy", "{:.1%}"),
-           ("rep", "{:.1%}"), ("correct", "{:.1%}"), ("good", "{:.1%}"), ("facts", "{:.2f}")]
+COLUMNS = [("steps", "step", "{:,}"), ("loss", "loss", "{:.4f}"), ("val loss", "val_loss", "{:.4f}"),
+           ("reward\naccuracy", "val_reward_accuracy", "{:.1%}"), ("rep-4", "rep", "{:.1%}"),
+           ("checks\ncorrect", "correct", "{:.1%}"), ("correct and\nsaid once", "good", "{:.1%}"),
+           ("facts\nper reply", "facts", "{:.2f}"), ("tok/s", "tokens_per_second", "{:,.0f}"),
+           ("peak GB", "peak_gigabytes", "{:.2f}")]
 
 
 def compare(cfg: Compare) -> None:
@@ -1728,23 +1701,22 @@ def compare(cfg: Compare) -> None:
         raise ValueError(f"{picture} is no picture that this script made, so it is left alone.\nGive another --out")
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("run", overflow="fold")
-    for column in ("steps", "loss", "val loss", "reward\naccuracy", "rep-4", "checks\ncorrect",
-                   "correct and\nsaid once", "facts\nper reply", "tok/s", "peak GB"):
-        table.add_column(column, justify="right", no_wrap=True)
+    for heading, _, _ in COLUMNS:
+        table.add_column(heading, justify="right", no_wrap=True)
     for folder in map(Path, cfg.runs):
         records = read_metrics(folder)
         if not records:
             raise ValueError(f"'{folder}' has not come to its first step: its metrics.jsonl is empty")
         newest = {k: v for record in records for k, v in record.items()}
+        newest["peak_gigabytes"] = newest.get("peak_memory_bytes", 0) / 1e9
         try:
             after = read_about(folder).get("after", {})
             newest |= {"rep": after["repetition"]} if after.get("repetition") is not None else {}
             newest |= after.get("checks", {}).get("all", {})
-            cells = [form.format(newest[key]) if key in newest else "-" for key, form in COLUMNS]
+            cells = [form.format(newest[key]) if key in newest else "-" for _, key, form in COLUMNS]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / 'run.json'} is not as a run writes it: {error}") from None
-        table.add_row(data.visible(str(folder)), *cells, f"{newest.get('tokens_per_second', 0):,.0f}",
-                      f"{newest.get('peak_memory_bytes', 0) / 1e9:.2f}")
+        table.add_row(data.visible(str(folder)), *cells)
     picture.parent.mkdir(parents=True, exist_ok=True)
     plot_curves([Path(f) for f in cfg.runs], picture)
     console = Console(markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
