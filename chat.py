@@ -197,13 +197,8 @@ class Session:
             self.screen.say(f"(the conversation has outgrown the {self.chats[0].gpt.config.n_positions:,} tokens that "
                             "the model reads at once: it no longer sees the oldest exchanges)", "note")
         with reply_in_progress(self.screen) as stopped:
-            if len(self.chats) > 1 and self.screen.column(len(self.chats)) >= 20:
-                sides = [Column(self.screen, len(self.chats), chat.reply(self.system, self.cfg), chat)
-                         for chat in self.chats]
-                show_columns(self.screen, list(map(self.title, self.chats)), sides, stopped)
-                texts = [side.text for side in sides]
-            else:
-                texts = [self.answer_of(chat, stopped) for chat in self.chats]
+            texts = show_replies(self.screen, list(map(self.title, self.chats)),
+                                 [(chat.reply(self.system, self.cfg), chat) for chat in self.chats], stopped)
         for chat, text in zip(self.chats, texts, strict=True):
             chat.messages = [*chat.messages, {"role": "assistant", "content": text}]
         if not any(texts):
@@ -213,22 +208,6 @@ class Session:
     def title(self, chat: Chat) -> str:
         """What stands above a model's reply: its name, or its side while a vote is due."""
         return SIDES[self.chats.index(chat)] if self.hidden else data.visible(chat.name)
-
-    def answer_of(self, chat: Chat, stopped: Callable[[], bool]) -> str:
-        """Show one model's reply as it comes; what there is of it when Ctrl-C is pressed counts."""
-        if stopped():
-            return ""
-        if len(self.chats) > 1:
-            self.screen.say(f"[{self.title(chat)}]", "label")
-        answer = Reply(self.screen.wrap(), chat.reply(self.system, self.cfg), chat)
-        with suppress(KeyboardInterrupt):  # what there is of a reply counts
-            while answer.going:
-                answer.step(stopped)
-        answer.wrap.end()
-        if note := answer.note(stopped):
-            self.screen.say(f"({note})", "note")
-        self.screen.write("\n")
-        return answer.text
 
     def answer_once(self, text: str) -> None:
         """Every model's reply to a single prompt, and nothing else on standard output."""
@@ -339,8 +318,7 @@ class Chat:
             gpt.to(device)
             self.parameters = sum(weight.numel() for weight in gpt.parameters())
             self.precision = model.pick_precision(cfg.precision, device, small=gpt.config.n_embd < 512)
-            gpt = model.for_generation(gpt, self.precision)
-            return gpt
+            return model.for_generation(gpt, self.precision)
 
         if here:
             self.loading: Future = self.loader.submit(load)
@@ -637,7 +615,7 @@ def prefer(session: Session, argument: str) -> None:
                          "Begin with /new, and vote after every answer.")
     if again or not argument:
         titles = ["left: before", "right: now"] if again else list(map(session.title, session.chats))
-        show_texts(session.screen, titles, [talk[-1]["content"] for talk in both])
+        show_replies(session.screen, titles, [(iter([talk[-1]["content"]]), None) for talk in both])
     if not argument:
         session.draft = "/prefer "
         return session.screen.say("(left, right or neither?)", "note")
@@ -1066,9 +1044,9 @@ def ancestry(name: str) -> tuple[list[dict], str]:
     pairs had a system message, as far as that was counted.
     """
     runs: list[dict] = []
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         while len(runs) < 20:  # for a file may say that a run began from itself
-            about = json.loads(Path(name, "run.json").read_text(encoding="utf-8"))
+            about = data.read_json(Path(name, "run.json"))
             runs.append({"stage": str(about["stage"]), "model": str(about["model"]["name"]),
                          "data": [str(spec) for spec in about["config"]["data"]],
                          "beta": float(about["config"].get("beta", 0)),
@@ -1249,9 +1227,35 @@ def reply_in_progress(screen: Screen) -> Iterator[Callable[[], bool]]:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, saved)
 
 
-# ---- side by side --------------------------------------------------------------------------------
+# ---- side by side, or one below the other --------------------------------------------------------
 
 BETWEEN = " | "  # stands between columns
+
+
+def show_replies(screen: Screen, titles: list[str], replies: list[tuple[Iterator[str], Chat | None]],
+                 stopped: Callable[[], bool] = lambda: False) -> list[str]:
+    """Show replies as they come, or whole texts, side by side if the window is wide enough; returns them.
+
+    What there is of a reply when Ctrl-C is pressed counts.
+    """
+    if len(replies) > 1 and screen.column(len(replies)) >= 20:
+        shown = [Column(screen, len(replies), *reply) for reply in replies]
+        show_columns(screen, titles, shown, stopped)
+        return [reply.text for reply in shown]
+    shown = [Reply(screen.wrap(), *reply) for reply in replies]
+    for title, reply in zip(titles, shown, strict=True):
+        if stopped():
+            break
+        if len(shown) > 1:
+            screen.say(f"[{title}]", "label")
+        with suppress(KeyboardInterrupt):
+            while reply.going:
+                reply.step(stopped)
+        reply.wrap.end()
+        if note := reply.note(stopped):
+            screen.say(f"({note})", "note")
+        screen.write("\n")
+    return [reply.text for reply in shown]
 
 
 class Column(Reply):
@@ -1296,16 +1300,6 @@ def show_columns(screen: Screen, titles: list[str], sides: list[Column], stopped
     screen.write("\n")
 
 
-def show_texts(screen: Screen, titles: list[str], texts: list[str]) -> None:
-    """Texts that are whole already, side by side if the window is wide enough."""
-    if screen.column(len(texts)) >= 20:
-        sides = [Column(screen, len(texts), iter([text])) for text in texts]
-        return show_columns(screen, titles, sides, lambda: False)
-    for title, text in zip(titles, texts, strict=True):
-        screen.say(f"[{title}]", "label")
-        screen.say(text + "\n")
-
-
 # ---- the prompt ----------------------------------------------------------------------------------
 
 
@@ -1324,14 +1318,12 @@ def prompt_reader(session: Session) -> Callable[[], str]:
     class Completions(Completer):
         def get_completions(self, document, event):
             name, space, argument = document.text_before_cursor.partition(" ")
+            known = {"/set": SETTINGS, "/help": COMMANDS, "/prefer": (*SIDES, "neither")}.get(name, ())
             if not space and name.startswith("/"):
-                for known in COMMANDS:
-                    if known.startswith(name):
-                        yield Completion(known, -len(name), display_meta=usage(known)[1])
-            elif name in (choices := {"/set": SETTINGS, "/help": COMMANDS, "/prefer": (*SIDES, "neither")}):
-                for known in choices[name]:
-                    if known.startswith(argument):
-                        yield Completion(known, -len(argument))
+                yield from (Completion(word, -len(name), display_meta=usage(word)[1])
+                            for word in COMMANDS if word.startswith(name))
+            elif known:
+                yield from (Completion(word, -len(argument)) for word in known if word.startswith(argument))
             elif name in ("/save", "/load", "/read", "/model", "/compare"):
                 typed = argument.rpartition(" ")[2] if name == "/compare" else argument
                 yield from PathCompleter(expanduser=True).get_completions(Document(typed), event)
