@@ -218,14 +218,14 @@ def accumulate(loss, train_batches, state: State, cfg: Settings, run: Run) -> tu
     """
     batches, sums = train_batches(state.step, state.budget), Sums()
     for i, batch in enumerate(batches):
+        if i:
+            run.stop_point(together=False)
         torch.manual_seed(seed_at(cfg.seed, state.step, i, run.rank))
         with synchronised(loss, last=i == len(batches) - 1):
             with run.autocast():
                 total, count, metrics = loss(to_device(batch, run.device))
             total.backward()
         sums.add(total, count, metrics | {"row_tokens": torch.tensor(float(batch.row_tokens))})
-        if i < len(batches) - 1:
-            run.stop_point(together=False)
     return batches, sums.totals(run)
 
 
@@ -341,7 +341,6 @@ def step_batches(rows: data.Data, cfg: Settings, run: Run):
 
     batches.rows(step): the rows that are in them.
     """
-
     order = data.Order(rows.train, cfg.batch_size, cfg.seed)
 
     def batches(step: int, budget: int) -> list[data.Batch]:
@@ -457,12 +456,15 @@ class Run:
     def __init__(self, stage: str, cfg: Settings):
         self.stage, self.cfg, self.folder = stage, cfg, Path(cfg.out)
         self.rank, self.world = place_among_processes()
+        self.is_main = self.rank == 0
         # words wrap in a window, and nothing does in a pipe; names and replies are text, brackets or not
         terminal = sys.stdout.isatty()
         self.console = Console(soft_wrap=not terminal, width=None if terminal else 200, markup=False, emoji=False)
         with self.busy("loading PyTorch") if "torch" not in sys.modules else contextlib.nullcontext():
             self.device = model.pick_device(cfg.device)
         self.dtype = torch.bfloat16 if model.pick_precision(cfg.precision, self.device) == "bf16" else torch.float32
+        # how to go on: --overwrite, given again, would begin anew
+        self.again = "run the same command again" + ", without --overwrite," * cfg.overwrite
         self.checks: list[data.Check] = []
         self.signal = 0
         self.training = False  # in the loop
@@ -475,10 +477,6 @@ class Run:
         self.model_folder = Path()  # where the model to train is, on this disk: the Hub is asked once
         # run.json: stage, config, versions, model, data, trainable, before, seconds, after, metrics, best, finished
         self.about: dict = {"stage": stage, "config": asdict(cfg), "versions": versions(self.device)}
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     def look(self) -> None:
         """Refuse what can be seen to fail; nothing is written yet."""
@@ -545,11 +543,6 @@ class Run:
                 os.write(2, f"\n{self.stopping}\n".encode())
 
     @property
-    def again(self) -> str:
-        """How to go on; --overwrite, given again, would begin anew."""
-        return "run the same command again" + ", without --overwrite," * self.cfg.overwrite
-
-    @property
     def stopping(self) -> str:
         """What a first signal is answered with; "" before it."""
         return (f"{signal.Signals(self.signal).name}: stopping as soon as a checkpoint is saved (again to stop at once)"
@@ -587,7 +580,7 @@ class Run:
                 save()
                 saved = time.monotonic()
             if self.signal:
-                raise Interrupted(self.signal)
+                raise Interrupted(128 + self.signal)
 
         self.training = True
         try:
@@ -630,7 +623,7 @@ class Run:
                 return
             self.signal = int(self.reduce(torch.tensor(float(self.signal)), "MAX"))
         if self.signal:
-            raise Interrupted(self.signal)
+            raise Interrupted(128 + self.signal)
 
     def reduce(self, value: torch.Tensor, how: str = "SUM") -> torch.Tensor:
         """The sum (or MAX) of a small tensor over all processes, in fp64 on the CPU."""
@@ -711,9 +704,6 @@ def place_among_processes() -> tuple[int, int]:
 class Interrupted(SystemExit):
     """A signal asked the run to stop; `code` is the conventional exit code."""
 
-    def __init__(self, signum: int):
-        super().__init__(128 + signum)
-
 
 def weights_sha256(tensors: dict[str, torch.Tensor]) -> str:
     """sha256 of names and values: a run that is resumed must start from the same model."""
@@ -736,10 +726,6 @@ def parallelise(gpt: model.GPT, loss_fn, cfg: Settings, run: Run):
     """loss_fn as the forward of a module, which is where DDP and FSDP2 hook in, and that module made parallel."""
 
     class Loss(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gpt = gpt
-
         def forward(self, batch):
             return loss_fn(self.gpt, batch)
 
@@ -749,6 +735,7 @@ def parallelise(gpt: model.GPT, loss_fn, cfg: Settings, run: Run):
         for block in gpt.h:
             block.compile()  # in place: the weights keep their names
     loss = Loss()
+    loss.gpt = gpt
     if run.world > 1 and cfg.fsdp:
         from torch.distributed.fsdp import fully_shard
 
@@ -877,8 +864,7 @@ def finish(gpt: model.GPT, metrics: dict, cfg: Settings, run: Run, next_command:
         plot_curves([run.folder], run.folder / "curves.png")
         write_file(run.folder / "samples.md", _samples(run, before, after, moved))
         write_file(run.folder / "README.md", card(run, before, after, final))
-    measured = [r for r in history(run.folder) if "val_loss" in r]
-    best = min(measured, key=lambda r: r["val_loss"], default=None)
+    best = min((r for r in history(run.folder) if "val_loss" in r), key=lambda r: r["val_loss"], default=None)
     run.note(metrics=final, best=best, finished=True)
     tidy(run.folder)  # the run that this one replaced, if any, may go now
     show("after training", after["replies"], run)
@@ -1408,7 +1394,7 @@ def verify_checkpoint(folder: Path) -> str:
 def sealed(about: dict) -> str:
     """The text of a manifest, which ends with the sha256 of what is before that."""
     about = {key: value for key, value in about.items() if key != "sha256"}
-    return json.dumps(about | {"sha256": hashlib.sha256(json.dumps(about).encode()).hexdigest()}, indent=1)
+    return json.dumps(about | {"sha256": data.sha256_of(about)}, indent=1)
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -1522,13 +1508,11 @@ def tracker_package(name: str):
     """The module of a tracker, None for none; a folder that Python takes for one (wandb's own is called so) is none."""
     if name == "none":
         return None
-    try:
-        package = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
-        for called in ("SummaryWriter",) if name == "tensorboard" else ("init", "log"):
-            getattr(package, called)
-        return package
-    except (ImportError, AttributeError):
-        raise ValueError(f"--tracker {name} needs a package that is not installed: uv sync --extra {name}") from None
+    module, called = ("torch.utils.tensorboard", "SummaryWriter") if name == "tensorboard" else (name, "log")
+    with contextlib.suppress(ImportError, AttributeError):
+        if hasattr(package := importlib.import_module(module), called):
+            return package
+    raise ValueError(f"--tracker {name} needs a package that is not installed: uv sync --extra {name}")
 
 
 def _tracker(run: Run):
@@ -1602,14 +1586,8 @@ PICTURE = "gpt2-chat: train.plot_curves"  # by which a picture is known as ours
 
 
 def plot_curves(folders: list[Path], path: Path) -> None:
-    """One picture of one or several runs: a panel for each kind of measurement that they hold, and one of the checks.
-
-    None of the learning rate, which follows from the settings; these stand in the title of a single run.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """A picture of one or several runs: a panel for each kind of measurement that they hold, and one of the checks."""
+    from matplotlib.figure import Figure
 
     whole = [Path(f).absolute() for f in folders]
     shared = os.path.commonpath(whole) if len({f.name for f in whole}) < len(whole) else ""
@@ -1624,11 +1602,10 @@ def plot_curves(folders: list[Path], path: Path) -> None:
     count = len(panels) + bool(checked)
     columns = min(4, count) if count != 4 else 2
     rows = -(-count // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False)
-    for axis in axes.flat[count:]:
-        axis.remove()
+    figure = Figure(figsize=(4.6 * columns, 3.2 * rows))
+    axes = [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]
     if checked:
-        groups, axis = list(dict.fromkeys(chain.from_iterable(checked.values()))), axes.flat[len(panels)]
+        groups, axis = list(dict.fromkeys(chain.from_iterable(checked.values()))), axes[-1]
         for i, (name, scores) in enumerate(checked.items()):
             places = [place + (i + 0.5) / len(checked) * 0.8 - 0.4 for place in range(len(groups))]
             axis.barh(places, [scores.get(group, {}).get("correct", 0) for group in groups], 0.8 / len(checked),
@@ -1638,7 +1615,7 @@ def plot_curves(folders: list[Path], path: Path) -> None:
                                              for group in groups], parse_math=False)
         axis.set_ylim(len(groups) + 0.1, -0.6)  # from the top down, with room for the legend
         axis.legend(fontsize="small", loc="lower left", ncols=len(checked))
-    for axis, (title, keys, unit) in zip(axes.flat, panels, strict=False):
+    for axis, (title, keys, unit) in zip(axes, panels, strict=False):
         for name, records in runs.items():
             for key in keys:
                 points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
@@ -1655,7 +1632,6 @@ def plot_curves(folders: list[Path], path: Path) -> None:
     figure.tight_layout()
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png", metadata={"Software": PICTURE})
-    pyplot.close(figure)
 
 
 def _checked(folder: Path, name: str) -> dict[str, dict]:

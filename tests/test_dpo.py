@@ -577,10 +577,10 @@ def test_the_adapter_of_a_dpo_run_belongs_to_the_sft_run(learnt):
 
 
 def test_the_curves_of_a_dpo_run_have_rewards_margin_accuracy_and_kl(learnt, tmp_path, monkeypatch):
-    from matplotlib import pyplot
+    from matplotlib import figure
 
     shown = []
-    monkeypatch.setattr(pyplot, "close", shown.append)
+    monkeypatch.setattr(figure.Figure, "tight_layout", lambda drawn: shown.append(drawn))
     train.plot_curves([learnt[0].out], tmp_path / "curves.png")
     panels = {axis.get_title(): axis for axis in shown[0].axes}
     assert len(panels) == 7 and all(axis.get_ylabel() and axis.get_xlabel() for axis in panels.values())

@@ -945,10 +945,10 @@ def test_commands_that_are_suggested_can_be_pasted(finished, settings, tmp_path,
 
 
 def test_curves_are_labelled_and_drawn(finished, tmp_path, monkeypatch):
-    from matplotlib import image, pyplot
+    from matplotlib import figure, image
 
     shown = []
-    monkeypatch.setattr(pyplot, "close", shown.append)
+    monkeypatch.setattr(figure.Figure, "tight_layout", lambda drawn: shown.append(drawn))
     train.plot_curves([finished.out], tmp_path / "one.png")
     panels = {axis.get_title(): axis for axis in shown[0].axes}
     assert {"loss", "throughput", "gradient norm", "checks"} == set(panels)
@@ -976,10 +976,10 @@ def fake_run(folder, loss, **more):
 
 def test_compare_makes_a_table_and_a_picture(finished, tmp_path, capsys, monkeypatch):
     """Every number in full where it goes to a pipe; runs of one name in two places stay apart."""
-    from matplotlib import pyplot
+    from matplotlib import figure
 
     shown = []
-    monkeypatch.setattr(pyplot, "close", shown.append)
+    monkeypatch.setattr(figure.Figure, "tight_layout", lambda drawn: shown.append(drawn))
     folders = [finished.out, fake_run(tmp_path / "a" / "run", 3.25, reward_accuracy=0.5, val_reward_accuracy=0.75),
                fake_run(tmp_path / "b" / "run", 4.5)]
     train.compare(train.Compare(runs=tuple(folders), out=str(tmp_path / "new" / "compare.png")))
