@@ -1067,13 +1067,13 @@ def never_had_system(name: str) -> bool:
     return first in ("sample", *model.SIZES) and all(run["system_messages"] == 0 for run in runs)
 
 
-def newest_model(candidates: tuple[str, ...] = ("runs/dpo", "runs/sft")) -> str:
+def newest_model() -> str:
     """The run that finished last."""
     finished = {name: max(file.stat().st_mtime for file in Path(name).iterdir() if file.name in
                           ("run.json", "model.safetensors"))
-                for name in candidates if Path(name, "model.safetensors").is_file()}
+                for name in ("runs/dpo", "runs/sft") if Path(name, "model.safetensors").is_file()}
     if not finished:
-        raise FileNotFoundError(f"no trained model in {' or '.join(candidates)} (looked in {Path.cwd()})\n"
+        raise FileNotFoundError(f"no trained model in runs/dpo or runs/sft (looked in {Path.cwd()})\n"
                                 "Train one:         uv run sft.py\n"
                                 "Use another:       uv run chat.py --model FOLDER\n"
                                 "The untrained one: uv run chat.py --model sample")
@@ -1239,23 +1239,23 @@ def show_replies(screen: Screen, titles: list[str], replies: list[tuple[Iterator
     What there is of a reply when Ctrl-C is pressed counts.
     """
     if len(replies) > 1 and screen.column(len(replies)) >= 20:
-        shown = [Column(screen, len(replies), *reply) for reply in replies]
-        show_columns(screen, titles, shown, stopped)
-        return [reply.text for reply in shown]
-    shown = [Reply(screen.wrap(), *reply) for reply in replies]
-    for title, reply in zip(titles, shown, strict=True):
+        sides = [Column(screen, len(replies), *coming) for coming in replies]
+        show_columns(screen, titles, sides, stopped)
+        return [side.text for side in sides]
+    answers = [Reply(screen.wrap(), *coming) for coming in replies]
+    for title, answer in zip(titles, answers, strict=True):
         if stopped():
             break
-        if len(shown) > 1:
+        if len(answers) > 1:
             screen.say(f"[{title}]", "label")
         with suppress(KeyboardInterrupt):
-            while reply.going:
-                reply.step(stopped)
-        reply.wrap.end()
-        if note := reply.note(stopped):
+            while answer.going:
+                answer.step(stopped)
+        answer.wrap.end()
+        if note := answer.note(stopped):
             screen.say(f"({note})", "note")
         screen.write("\n")
-    return [reply.text for reply in shown]
+    return [answer.text for answer in answers]
 
 
 class Column(Reply):

@@ -1579,7 +1579,7 @@ PANELS = [("loss", ("loss", "val_loss"), "nats"),
           ("rewards (beta x log-ratio)", ("chosen_reward", "rejected_reward"), "nats"),
           ("reward margin", ("reward_margin", "val_reward_margin"), "nats"),
           ("reward accuracy", ("reward_accuracy", "val_reward_accuracy"), "share of pairs"),
-          ("KL to the reference", ("kl", "val_kl"), "nats / token")]
+          ("KL to the reference", ("kl", "val_kl"), "nats / token")]  # none of the rate, which the settings tell
 
 
 PICTURE = "gpt2-chat: train.plot_curves"  # by which a picture is known as ours
