@@ -980,7 +980,7 @@ def score_cells(score: dict) -> dict[str, str]:
     """The scores of a group of checks as they are shown, by their headings."""
     return {"correct": f"{score['correct']:.0%}", "said twice": f"{score['twice']:.1%}",
             "correct and said once": f"{score['good']:.0%}", "facts per reply": f"{score['facts']:.2f}",
-            "end by themselves": f"{score['ended']:.0%}", "words per reply": f"{score['words']:.1f}"}
+            "ended": f"{score['ended']:.0%}", "words per reply": f"{score['words']:.1f}"}
 
 
 def checks_table(before: dict, after: dict):
@@ -990,7 +990,7 @@ def checks_table(before: dict, after: dict):
 
     table = Table(title="checks, before -> after", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for heading in ("group", "asked", *score_cells(after["all"])):
-        heading = heading.replace("end by themselves", "ended").replace(" per ", "\nper ").replace(" and ", " and\n")
+        heading = heading.replace(" per ", "\nper ").replace(" and ", " and\n")
         table.add_column(heading, justify="left" if heading == "group" else "right", overflow="fold")
     for group, now in after.items():
         table.add_row(Text(data.visible(group)), str(now["n"]), *_changes(before.get(group, now), now))
@@ -1015,7 +1015,7 @@ def _samples(run: Run, before: dict, after: dict, moved: list[list[Words]]) -> s
             parts.append(f"Each word of the replies after {run.stage}: log pi - log pi before, "
                          f"{data.NATS.strip('()')}.\n")
             parts.append(_fenced("\n\n".join(textwrap.fill(data.shaded(words), 88) for words in replies)))
-    if None not in (before.get("repetition"), after["repetition"]):
+    if None not in (before.get("repetition"), after.get("repetition")):
         parts.append(f"Repetition in these replies (rep-4): {before['repetition']:.1%} before, "
                      f"{after['repetition']:.1%} after\n")
     if "checks" in after:
@@ -1084,16 +1084,17 @@ def card(run: Run, before: dict, after: dict, final: dict) -> str:
     history = f"GPT-2 with {about['model']['parameters'] / 1e6:,.0f} million parameters ({base})" + "".join(
         f"{', with the adapter ' + stage['adapter'] if stage['adapter'] else ''}, then {stage['stage'].upper()} on "
         + ", ".join(stage["data"]) for stage in lineage)
-    rows = {"validation loss": [found.get("val_loss") for found in (before, final)],
-            "reward accuracy": [found.get("val_reward_accuracy") for found in (before, final)]}
-    for name, score in after.get("checks", {}).get("all", {}).items():
-        rows[f"checks: {name}"] = [before.get("checks", {}).get("all", {}).get(name), score]
-    figures = [_line(["", "before", "after"]), "|---|---|---|"] + [
-        _line([name, *(f"{value:,.4g}" for value in pair)]) for name, pair in rows.items() if None not in pair]
+    figures = {name: f"{before[key]:,.4g} -> {final[key]:,.4g}" for name, key in (
+        ("validation loss", "val_loss"), ("reward accuracy", "val_reward_accuracy"))
+        if None not in (before.get(key), final.get(key))}
+    if now := after.get("checks", {}).get("all"):
+        changes = _changes(before.get("checks", {}).get("all", now), now)
+        figures |= {f"checks: {name}": change for name, change in zip(score_cells(now), changes, strict=True)}
     settings = flags(run.cfg, besides=("model", "adapter", "data", "out", "overwrite"))
     return CARD.format(
         metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
-        title=_cell(run.folder.name), name=run.folder.name, history=_cell(history), figures="\n".join(figures),
+        title=_cell(run.folder.name), name=run.folder.name, history=_cell(history),
+        figures="\n".join(map(_line, [("", "before -> after"), ("---", "---"), *figures.items()])),
         question=after["replies"][0][0]["content"] if after["replies"] else "Hello!",
         talk="".join(f"{_fenced(data.transcript(talk))}\n" for talk in after["replies"][:1]),
         seconds=about["seconds"], **{key: about["versions"][key] for key in ("device", "torch")},
@@ -1589,7 +1590,8 @@ def plot_curves(folders: list[Path], path: Path) -> None:
     """A picture of one or several runs: a panel for each kind of measurement that they hold, and one of the checks."""
     from matplotlib.figure import Figure
 
-    whole = [Path(f).absolute() for f in folders]
+    folders = list({Path(f).absolute(): Path(f) for f in folders}.values())
+    whole = [f.absolute() for f in folders]
     shared = os.path.commonpath(whole) if len({f.name for f in whole}) < len(whole) else ""
     runs = {os.path.relpath(f, shared) if shared else f.name: history(f) for f in whole}
     held = [{key for record in records for key in record} for records in runs.values()]
@@ -1608,9 +1610,9 @@ def plot_curves(folders: list[Path], path: Path) -> None:
         groups, axis = list(dict.fromkeys(chain.from_iterable(checked.values()))), axes[-1]
         for i, (name, scores) in enumerate(checked.items()):
             places = [place + (i + 0.5) / len(checked) * 0.8 - 0.4 for place in range(len(groups))]
-            axis.barh(places, [scores.get(group, {}).get("correct", 0) for group in groups], 0.8 / len(checked),
-                      label=name)
-        axis.set(title="checks", xlabel="share of replies that are correct", ylabel="questions", xlim=(0, 1))
+            axis.barh(places, [scores.get(group, {}).get("good", 0) for group in groups], 0.8 / len(checked),
+                      label=_plain(name))
+        axis.set(title="checks", xlabel="replies that are correct and say all once", ylabel="questions", xlim=(0, 1))
         axis.set_yticks(range(len(groups)), [textwrap.fill(data.visible(group), 14, break_on_hyphens=False)
                                              for group in groups], parse_math=False)
         axis.set_ylim(len(groups) + 0.1, -0.6)  # from the top down, with room for the legend
@@ -1620,9 +1622,9 @@ def plot_curves(folders: list[Path], path: Path) -> None:
             for key in keys:
                 points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
                 marks = {"marker": "o", "markersize": 3} if key.startswith("val_") else {"linewidth": 1, "alpha": 0.8}
-                label = data.visible(name).replace("$", r"\$")  # which would begin a formula
+                label = key if len(runs) == 1 else f"{_plain(name)} {key}"
                 if points:
-                    axis.plot(*zip(*points, strict=True), label=key if len(runs) == 1 else f"{label} {key}", **marks)
+                    axis.plot(*zip(*points, strict=True), label=label, **marks)
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.grid(alpha=0.3)
         if len(keys) > 1 or len(runs) > 1:
@@ -1632,6 +1634,10 @@ def plot_curves(folders: list[Path], path: Path) -> None:
     figure.tight_layout()
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png", metadata={"Software": PICTURE})
+
+
+def _plain(name: str) -> str:
+    return data.visible(name).replace("$", r"\$")  # which would begin a formula
 
 
 def _checked(folder: Path, name: str) -> dict[str, dict]:

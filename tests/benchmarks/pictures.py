@@ -1,4 +1,6 @@
-"""Pictures of runs for the README (losses.py draws that of the losses): a run's curves; the answers of two models side by side, and why one of them said that.
+"""Pictures of runs for the README (losses.py draws that of the losses).
+
+A run's curves; the answers of two models side by side, and why one of them said that.
 
     uv run tests/benchmarks/pictures.py --models runs/sft runs/dpo --out pictures
 """
