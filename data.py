@@ -236,17 +236,12 @@ class Text(NamedTuple):
 class Row:
     """One conversation to learn from, at most `context` tokens of it."""
 
-    ids: np.ndarray             # (T,) int32
-    mask: np.ndarray            # (T,) bool: ids[t] is a target
-    opening: object = None      # a name of its first message, if it is a thread of a conversation tree
+    ids: np.ndarray         # (T,) int32
+    mask: np.ndarray        # (T,) bool: ids[t] is a target
+    family: object = None   # the same for rows that begin alike: the threads of one tree
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    @property
-    def family(self) -> object:
-        """The same for rows that begin alike: the threads of one tree."""
-        return self.opening
 
     @property
     def learnt(self) -> int:
@@ -266,7 +261,6 @@ class Pair:
     prompt: np.ndarray      # (P,) int32, ends with the opening of an assistant message
     chosen: np.ndarray      # (C,) int32, ends with EOT, as does
     rejected: np.ndarray    # (R,) int32
-    opening: object = None  # a name of its prompt
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
@@ -274,7 +268,7 @@ class Pair:
     @property
     def family(self) -> object:
         """The same for pairs of one prompt."""
-        return self.prompt.tobytes() if self.opening is None else self.opening
+        return self.prompt.tobytes()
 
     @property
     def learnt(self) -> int:
@@ -317,7 +311,7 @@ class Rows(Sequence):
                 else:
                     ids.frombytes(part.astype(np.uint16).tobytes())
                     ends.append(len(ids))
-            name = hashlib.blake2b(repr(row.family).encode(), digest_size=16).digest()
+            name = digest_of(repr(row.family))
             families.append(-1 if row.family is None else numbers.setdefault(name, len(numbers)))
             learnt.append(row.learnt)
         store = {"ids": np.frombuffer(ids, np.uint16), "mask": np.frombuffer(mask, bool),
@@ -334,11 +328,10 @@ class Rows(Sequence):
         n, ends = int(self.which[i]), self.store["ends"]
         cuts = [int(ends[n - 1, -1]) if n else 0, *map(int, ends[n])]
         parts = [self.store["ids"][a:b].astype(np.int32) for a, b in pairwise(cuts)]
-        opening = int(self.store["families"][n])
-        opening = None if opening < 0 else opening
-        if len(parts) == 1:
-            return Row(parts[0], np.array(self.store["mask"][cuts[0]:cuts[1]]), opening)
-        return Pair(*parts, opening)
+        if len(parts) > 1:
+            return Pair(*parts)
+        family = int(self.store["families"][n])
+        return Row(parts[0], np.array(self.store["mask"][cuts[0]:cuts[1]]), None if family < 0 else family)
 
     def __add__(self, others: Rows) -> Rows:
         return Rows(self.store, np.concatenate([self.which, others.which]))
@@ -631,10 +624,7 @@ def _load(specs: Sequence[str], what: str, build: Callable, reading: Reading) ->
     check_limits(reading)
     specs = [specs] if isinstance(specs, str) else list(specs)
     with kept_rows(specs, what, reading) as (found, keep):
-        if found is None:
-            found = read_rows(specs, what, build, reading)
-            found = keep(found) or found
-    return found
+        return found or keep(read_rows(specs, what, build, reading))
 
 
 def read_rows(specs: Sequence[str], what: str, build: Callable, reading: Reading) -> Data:
@@ -683,7 +673,8 @@ def candidates(spec: str, what: str, count: Count,
         taken = [(c, n) for c, n in zip(chunk, copies, strict=True) if n]
         count.drop("left out by its weight", len(chunk) - len(taken))
         encoded = encode_all(text for candidate, _ in taken for text in candidate.texts())
-        yield from ((candidate, encoded, tree_luck(reading.seed, candidate.opening), n) for candidate, n in taken)
+        for candidate, n in taken:  # trees whose users ask the same first are one tree, in whatever data sets
+            yield candidate, encoded, luck(reading.seed, " ".join(candidate.opening.casefold().split())), n
 
 
 def build_row(thread: Thread, encoded: dict, count: Count, context: int, seen: set) -> Row:
@@ -735,14 +726,6 @@ def first_time(content: Any, what: str, seen: set) -> None:
     seen.add(name)
 
 
-def tree_luck(seed: int, opening: str) -> float:
-    """A number in [0, 1) for the tree of a conversation, which decides its side.
-
-    A tree is known by what its user says first, and so are two trees, in whatever data sets, that ask the same.
-    """
-    return luck(seed, " ".join(opening.casefold().split()))
-
-
 def luck(seed: int, text: str) -> float:
     """A number in [0, 1), as good as drawn at random, and for the same text always the same."""
     return (int.from_bytes(digest_of(f"{seed}\0{text}")[:8], "big") >> 11) / 2**53
@@ -775,23 +758,24 @@ KEPT_BYTES = 8 << 30        # of all that is kept; what was used longest ago goe
 def kept_rows(specs: Sequence[str], what: str, reading: Reading) -> Iterator[tuple[Data | None, Callable]]:
     """The rows that an earlier run made of the same files with the same settings and code, mapped from the disk.
 
-    Gives (rows or None, a function that keeps what was read instead, and gives it mapped). Of several processes one
-    reads, and the others wait for it. Where nothing can be kept, every run reads anew.
+    Gives (rows or None, a function that keeps what was read instead, and gives it, mapped if it is kept). Of several
+    processes one reads, and the others wait for it. Where nothing can be kept, every run reads anew.
     """
     from filelock import FileLock, Timeout
 
     began, several = time.monotonic(), int(os.environ.get("WORLD_SIZE", 1)) > 1
     lock, name = FileLock(KEPT / ".lock"), rows_name(specs, what, reading)
 
-    def keep(found: Data) -> Data | None:
+    def keep(found: Data) -> Data:
         now = rows_name(specs, what, reading)
         if now is None or name not in (None, now) or (time.monotonic() - began < KEPT_AFTER and not several):
-            return None
+            return found
         with suppress(OSError, Timeout):
             KEPT.mkdir(parents=True, exist_ok=True)
             with lock.acquire(timeout=0):
                 _keep(found, KEPT, now)
-                return _kept(KEPT / now)
+                return _kept(KEPT / now) or found
+        return found
 
     with contextlib.ExitStack() as stack:
         if several:
@@ -1338,14 +1322,13 @@ def read_oasst(rows: Iterable[FileRow], count: Count, language: str) -> Iterator
     """
     roots, replies = oasst_forest(rows, count, language)
     for root in roots:
-        ends = []       # (path, why it is cut, if it is)
+        whole, shortened = [], []       # (path, why it is cut, if it is)
         for path, defect in oasst_walk(root, replies):
             if defect or not replies.get(path[-1].id):
                 unanswered = len(path) % 2      # for the two take turns
-                ends.append((path[:len(path) - unanswered], defect or ("no reply" if unanswered else None)))
-        whole = [end for end in ends if end[1] is None]
-        shortened = sorted((end for end in ends if end[1] is not None), key=lambda end: -len(end[0]))
-        for path, cut in whole + shortened:
+                cut = defect or ("no reply" if unanswered else None)
+                (shortened if cut else whole).append((path[:len(path) - unanswered], cut))
+        for path, cut in whole + sorted(shortened, key=lambda end: -len(end[0])):
             if path:
                 yield Thread([m.as_dict() for m in path], [m.id for m in path], cut)
             else:
@@ -1539,9 +1522,9 @@ def reader_of(name: str, what: str) -> Reader:
     return reader
 
 
-def open_spec(name: str, path: Path | None, notes: Counter | None = None) -> Iterator[FileRow]:
+def open_spec(name: str, path: Path | None, notes: Counter) -> Iterator[FileRow]:
     """The rows of a data set, from wherever it is; which of several splits they are is noted."""
-    (path, split), data_set, notes = find_rows(name, path), DATA_SETS[name], Counter() if notes is None else notes
+    (path, split), data_set = find_rows(name, path), DATA_SETS[name]
     if path is None:
         return hub_rows(name, data_set, split, notes)
     if path.is_dir() or path.suffix in TABLES:
@@ -1697,9 +1680,13 @@ TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 
 
 def folder_rows(path: Path, data_set: DataSet, split: str, notes: Counter) -> Iterator[FileRow]:
-    """The rows of a folder (or of a table's file) as `load_dataset` reads it, of all splits or of one."""
+    """The rows of a folder (or of a table's file) as `load_dataset` reads it, of one split or of all.
+
+    All are named, for some data sets have the same rows in several.
+    """
     import datasets
 
+    source = visible(str(path))[:200]
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # its errors are told below
     refuse_pointers(*(path.rglob("*") if path.is_dir() else [path]))
     if not sys.stderr.isatty():
@@ -1711,9 +1698,19 @@ def folder_rows(path: Path, data_set: DataSet, split: str, notes: Counter) -> It
             configs = datasets.get_dataset_config_names(str(path))
             splits = datasets.load_dataset(str(path), data_set.config if data_set.config in configs else None)
     except Exception as error:      # anything at all, for anything at all may lie in a folder
-        raise ValueError(f"{visible(str(path))[:200]}: load_dataset cannot read it.\n"
+        raise ValueError(f"{source}: load_dataset cannot read it.\n"
                          "Wanted a folder of parquet or JSON files that share their columns") from error
-    return dataset_rows(splits, visible(str(path))[:200], data_set, split, notes)
+    if split and split not in splits:
+        raise ValueError(f"{source} has no split {visible(split)[:80]!r}; it has {', '.join(splits)}")
+    for name in [split] if split else splits:
+        table = splits[name]
+        if len(splits) > 1:
+            notes[f"rows of the split {name}"] += len(table)
+        columns = [column for column in data_set.columns or () if column in table.column_names]
+        table = (table.select_columns(columns) if columns else table).with_format("arrow")
+        rows = chain.from_iterable(batch.to_pylist() for batch in table.iter(batch_size=1000))
+        rows = ((f"{source} {name} row {number}", row, row) for number, row in enumerate(rows, 1))
+        yield from watched(rows, f"reading {source} {name}", len(table), lambda row: 1)
 
 
 PATIENCE = 10   # seconds that the Hub has to answer the first question
@@ -1765,19 +1762,17 @@ def fetched_rows(folder: Path, data_set: DataSet, split: str, notes: Counter) ->
                 if file.suffix == ".parquet":
                     table = parquet.ParquetFile(file)
                     columns = [name for name in table.schema_arrow.names if name in (data_set.columns or (name,))]
-                    batches = table.iter_batches(1000, columns=columns)
-                    for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
-                        notes[f"rows of the split {splits[file]}"] += several
-                        yield f"{shown} row {number}", row, row
-                        advance(1 / table.metadata.num_rows)
+                    batches = (batch.to_pylist() for batch in table.iter_batches(1000, columns=columns))
+                    rows = ((f"{shown} row {n}", row, row) for n, row in enumerate(chain.from_iterable(batches), 1))
+                    total, size = table.metadata.num_rows, lambda line: 1
                 else:
-                    size = size_unpacked(file)
-                    for place, line, row in file_rows(file):
-                        if isinstance(row, BadRow):
-                            refuse_damaged(file)
-                        notes[f"rows of the split {splits[file]}"] += several
-                        yield place, line, row
-                        advance(len(line) / size)
+                    rows, total, size = file_rows(file), size_unpacked(file), len
+                for place, line, row in rows:
+                    if isinstance(row, BadRow):
+                        refuse_damaged(file)
+                    notes[f"rows of the split {splits[file]}"] += several
+                    yield place, line, row
+                    advance(size(line) / total)
             except (OSError, ValueError) as error:
                 refuse_damaged(file, error)
                 raise
@@ -1801,21 +1796,6 @@ def hub_folder(data_set: DataSet, fetch: bool = False) -> Path | None:
     return None
 
 
-def dataset_rows(splits: dict, source: str, data_set: DataSet, split: str, notes: Counter) -> Iterator[FileRow]:
-    """The rows of one split, or of all: these are named, for some data sets have the same rows in several."""
-    if split and split not in splits:
-        raise ValueError(f"{source} has no split {visible(split)[:80]!r}; it has {', '.join(splits)}")
-    for name in [split] if split else splits:
-        table = splits[name]
-        if len(splits) > 1:
-            notes[f"rows of the split {name}"] += len(table)
-        columns = [column for column in data_set.columns or () if column in table.column_names]
-        table = (table.select_columns(columns) if columns else table).with_format("arrow")
-        rows = chain.from_iterable(batch.to_pylist() for batch in table.iter(batch_size=1000))
-        rows = ((f"{source} {name} row {number}", row, row) for number, row in enumerate(rows, 1))
-        yield from watched(rows, f"reading {source} {name}", len(table), lambda row: 1)
-
-
 # ---- the tokenizer for other tools ---------------------------------------------------------------
 
 # The template of `render` for other tools. There, text and control tokens go through one string, so content that
@@ -1837,10 +1817,7 @@ TRAINING_TEMPLATE = CHAT_TEMPLATE.replace(
 
 
 def save_tokenizer(folder: str | Path, positions: int = 1024) -> None:
-    """Write the tokenizer and its chat template into `folder`, as transformers (and what reads its files) wants them.
-
-    positions: of the model that it belongs to.
-    """
+    """Write the tokenizer and its chat template as transformers wants them, for a model of so many positions."""
     shutil.copytree(TOKENIZER, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": positions, "add_prefix_space": False,
                 "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
@@ -2114,8 +2091,8 @@ def transcript(messages: Conversation, width: int = 88) -> str:
     shown = []
     for message in messages:
         lines = visible(message["content"].strip()).split("\n")
-        wrapped = [textwrap.fill(line, width, replace_whitespace=False, drop_whitespace=True, break_long_words=False,
-                                 break_on_hyphens=False) if len(line) > width else line for line in lines]
+        wrapped = [textwrap.fill(line, width, replace_whitespace=False, break_long_words=False, break_on_hyphens=False)
+                   if len(line) > width else line for line in lines]
         shown.append(f"========== {visible(message['role'])} ==========\n" + "\n".join(wrapped) + "\n")
     return "\n".join(shown)
 
@@ -2321,27 +2298,23 @@ def comments(config: type) -> dict[str, str]:
     return found
 
 
-# {option elsewhere: ours, of which a script has one or none}
+# {option of ours: what it is elsewhere}
 FOREIGN = {
-    "learning-rate": "lr", "epochs": "steps", "num-epochs": "steps", "num-train-epochs": "steps", "max-steps": "steps",
-    "num-steps": "steps", "train-steps": "steps", "iterations": "steps", "max-iters": "steps", "batch": "batch-size",
-    "bs": "batch-size", "train-batch-size": "batch-size", "per-device-train-batch-size": "batch-size",
-    "global-batch-size": "batch-size", "micro-batch-size": "micro-batch-tokens",
-    "gradient-accumulation-steps": "micro-batch-tokens", "grad-accum": "micro-batch-tokens",
-    "model-name-or-path": "model", "model-name": "model", "model-path": "model", "base-model": "model",
-    "checkpoint": "model", "dataset": "data", "dataset-name": "data", "datasets": "data", "train-file": "data",
-    "train-data": "data", "data-path": "data", "output-dir": "out", "output": "out", "save-dir": "out",
-    "rank": "lora-rank", "lora-r": "lora-rank", "r": "lora-rank", "alpha": "lora-alpha",
-    "target-modules": "lora-targets",
-    "max-length": "context max-new-tokens", "max-seq-length": "context", "max-seq-len": "context",
-    "seq-len": "context", "block-size": "context", "max-tokens": "max-new-tokens", "num-predict": "max-new-tokens",
-    "eval-steps": "eval-every", "save-steps": "save-every", "logging-steps": "log-every",
-    "save-total-limit": "keep", "warmup-ratio": "warmup", "warmup-steps": "warmup", "wd": "weight-decay",
-    "adam-beta2": "beta2", "grad-clip": "clip", "max-grad-norm": "clip", "loss-type": "loss", "random-seed": "seed",
-    "dtype": "precision", "bf16": "precision", "fp16": "precision", "gradient-checkpointing": "recompute",
-    "torch-compile": "compile", "report-to": "tracker", "peft": "adapter", "lora": "lora-rank adapter",
-    "temp": "temperature", "topk": "top-k", "topp": "top-p", "repeat-penalty": "repetition-penalty",
-    "system-prompt": "system", "resume": "out", "resume-from-checkpoint": "out"}
+    "lr": "learning-rate", "seed": "random-seed", "loss": "loss-type", "tracker": "report-to",
+    "steps": "epochs num-epochs num-train-epochs max-steps num-steps train-steps iterations max-iters",
+    "batch-size": "batch bs train-batch-size per-device-train-batch-size global-batch-size",
+    "micro-batch-tokens": "micro-batch-size gradient-accumulation-steps grad-accum",
+    "model": "model-name-or-path model-name model-path base-model checkpoint",
+    "data": "dataset dataset-name datasets train-file train-data data-path",
+    "out": "output-dir output save-dir resume resume-from-checkpoint",
+    "context": "max-length max-seq-length max-seq-len seq-len block-size",
+    "max-new-tokens": "max-length max-tokens num-predict",
+    "lora-rank": "rank lora-r r lora", "adapter": "peft lora", "lora-alpha": "alpha", "lora-targets": "target-modules",
+    "eval-every": "eval-steps", "save-every": "save-steps", "log-every": "logging-steps", "keep": "save-total-limit",
+    "warmup": "warmup-ratio warmup-steps", "weight-decay": "wd", "beta2": "adam-beta2",
+    "clip": "grad-clip max-grad-norm", "precision": "dtype bf16 fp16", "recompute": "gradient-checkpointing",
+    "compile": "torch-compile", "temperature": "temp", "top-k": "topk", "top-p": "topp",
+    "repetition-penalty": "repeat-penalty", "system": "system-prompt"}
 
 
 def refuse_foreign(args: Sequence[str], config: type) -> None:
@@ -2349,8 +2322,8 @@ def refuse_foreign(args: Sequence[str], config: type) -> None:
     known = {f.name.replace("_", "-"): f.name for f in dataclasses.fields(config)}
     for given in (arg[2:].partition("=")[0] for arg in args if arg.startswith("--")):
         name = given.replace("_", "-")
-        for ours in () if name in known else FOREIGN.get(name, "").split():
-            if ours in known:
+        for ours, theirs in FOREIGN.items():
+            if ours in known and name not in known and name in theirs.split():
                 epoch = "\nAn epoch is rows / --batch-size steps; uv run data.py SPEC counts rows"
                 meaning = comments(config)[known[ours]] + ")" + epoch * ("epoch" in name)
                 raise ValueError(f"there is no --{visible(given)}; here it is --{ours} ({meaning}")
@@ -2431,7 +2404,7 @@ def only_preferences(spec: str) -> bool:
     name, path, _ = parse_spec(spec)
     if name != "jsonl":
         return DATA_SETS[name].conversations is None
-    first = next((row for _, _, row in open_spec(name, path) if isinstance(row, dict)), {})
+    first = next((row for _, _, row in open_spec(name, path, Counter()) if isinstance(row, dict)), {})
     return layout_of(first, PREFERENCES) is not None and layout_of(first, CONVERSATIONS) is None
 
 
