@@ -277,13 +277,11 @@ class Pair:
     def arrays(self) -> tuple[np.ndarray, ...]:
         return self.prompt, self.chosen, self.rejected
 
-    def texts(self) -> list[Text]:
+    def texts(self) -> Iterator[Text]:
         """Of the chosen and of the rejected reply; the same reply in another pair is the same text."""
-        both = []
         for reply in (self.chosen, self.rejected):
             ids = np.concatenate([self.prompt, reply])
-            both.append(Text(ids, np.arange(len(self.prompt), len(ids)), key=(ids.tobytes(), len(reply))))
-        return both
+            yield Text(ids, np.arange(len(self.prompt), len(ids)), key=(ids.tobytes(), len(reply)))
 
 
 class Rows(Sequence):
@@ -533,10 +531,9 @@ def divide(rows: Sequence[Row | Pair], indices: Iterable[int], token_budget: int
 
 def into_batches(rows: Sequence[Row | Pair], largest_first: list[tuple[int, list[int]]],
                  token_budget: int) -> list[Batch]:
-    """Batches of the parts that `divide` gives.
+    """The parts that `divide` gives, in as few and as even batches as can be had cheaply.
 
-    As few and as even as can be had cheaply: largest parts first, each into the batch that has the fewest tokens, and
-    again with more batches if that overflows.
+    Largest parts first, each into the batch that has the fewest tokens; again with more batches if that overflows.
     """
     total = sum(min(size, token_budget) for size, _ in largest_first)
     count = max(math.ceil(total / token_budget), sum(size > token_budget / 2 for size, _ in largest_first))
@@ -770,17 +767,14 @@ def kept_rows(specs: Sequence[str], what: str, reading: Reading) -> Iterator[tup
         now = rows_name(specs, what, reading)
         if now is None or name not in (None, now) or (time.monotonic() - began < KEPT_AFTER and not several):
             return found
-        with suppress(OSError, Timeout):
-            KEPT.mkdir(parents=True, exist_ok=True)
-            with lock.acquire(timeout=0):
-                _keep(found, KEPT, now)
-                return _kept(KEPT / now) or found
+        with suppress(OSError, Timeout), lock.acquire(timeout=0):
+            _keep(found, now)
+            return _kept(KEPT / now) or found
         return found
 
     with contextlib.ExitStack() as stack:
         if several:
             with suppress(OSError):
-                KEPT.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock)
         yield _kept(KEPT / name) if name else None, keep
 
@@ -806,22 +800,22 @@ def rows_name(specs: Sequence[str], what: str, reading: Reading) -> str | None:
     return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
 
 
-def _keep(found: Data, top: Path, name: str) -> None:
+def _keep(found: Data, name: str) -> None:
     """Write the rows down, and make room for them."""
     arrays = found.train.store | {"train": found.train.which, "val": found.val.which}
     size = sum(array.nbytes for array in arrays.values())
-    for leftover in top.glob(".*.tmp"):     # of a process that was killed
+    for leftover in KEPT.glob(".*.tmp"):    # of a process that was killed
         remove(leftover)
-    others = sorted((path for path in top.glob("*/about.json") if path.parent.name != name), key=os.path.getmtime)
-    taken = sum(file.stat().st_size for file in top.glob("*/*"))
+    others = sorted((path for path in KEPT.glob("*/about.json") if path.parent.name != name), key=os.path.getmtime)
+    taken = sum(file.stat().st_size for file in KEPT.glob("*/*"))
     while others and taken + size > KEPT_BYTES:
         oldest = others.pop(0).parent
         taken -= sum(file.stat().st_size for file in oldest.iterdir())
         remove(oldest)
-    if taken + size > KEPT_BYTES or shutil.disk_usage(top).free < 2 * size:
+    if taken + size > KEPT_BYTES or shutil.disk_usage(KEPT).free < 2 * size:
         return
-    remove(top / name)
-    with written_whole(top / name) as temporary:
+    remove(KEPT / name)
+    with written_whole(KEPT / name) as temporary:
         temporary.mkdir()
         for key, values in arrays.items():
             np.save(temporary / f"{key}.npy", values)
@@ -920,10 +914,9 @@ class BadRow(Drop):
 class Count:
     """What became of the rows of one SPEC: kept + dropped = read.
 
-    What is counted are the conversations (or pairs) that could have come out. A row of a file is one. Of an OASST
-    tree each path from the first message to a leaf is one, or as far as the first message that is dropped; for pairs
-    each two ranked siblings, and each reply that is not compared. Orphans and cycles count message by message.
-    A row that cannot be read counts one.
+    What is counted are the conversations (or pairs) that could have come out. A row of a file is one, read or not. Of
+    an OASST tree each path from the first message to a leaf is one, or as far as the first message that is dropped;
+    for pairs each two ranked siblings, and each reply that is not compared. Orphans and cycles count by the message.
     """
 
     spec: str
@@ -1034,15 +1027,12 @@ def joined_parts(content: Any) -> Any:
     for part in content:
         if part.get("type", "text") not in ("text", "input_text", "output_text"):
             raise Drop("content that is no text")
-        if not isinstance(*want(part, "text"), str):
-            raise BadRow("wrong type", f"a part's text is {kind(part['text'])}, wanted a string")
+        typed(*want(part, "text"), "a part's text", str)
     return "".join(part["text"] for part in content)
 
 
 def as_text(value: Any, key: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow("wrong type", f"{key} is {kind(value)}, wanted a string")
-    if len(value) > LONGEST_TEXT:
+    if len(typed(value, key, str)) > LONGEST_TEXT:
         raise Drop(f"a message over {LONGEST_TEXT:,} characters")
     return clean(value)
 
@@ -1088,10 +1078,19 @@ def comparison(prompt: Conversation, chosen: str, rejected: str, key: tuple[str,
     return Preference(prompt, chosen, rejected, key)
 
 
+KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number",
+         float: "a number", type(None): "null"}     # as JSON calls them
+
+
 def kind(value: Any) -> str:
-    """What JSON calls a value of this type."""
-    return {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number",
-            float: "a number", type(None): "null"}.get(type(value), type(value).__name__)
+    return KINDS.get(type(value), type(value).__name__)
+
+
+def typed(value: Any, key: str, wanted: type) -> Any:
+    """The value, if it is of this type."""
+    if not isinstance(value, wanted):
+        raise BadRow("wrong type", f"{key} is {kind(value)}, wanted {KINDS[wanted]}")
+    return value
 
 
 def excerpt(raw: Any) -> str:
@@ -1273,14 +1272,10 @@ def read_ultrafeedback(row: dict) -> Preference:
     The mean is over the four aspects as far as they were rated; not its overall score, whose tens are partly ones.
     """
     instruction, completions = want(row, "instruction", "completions")
-    if not isinstance(completions, list):
-        raise BadRow("wrong type", f"completions is {kind(completions)}, wanted a list")
     rated = []
-    for completion in completions:
+    for completion in typed(completions, "completions", list):
         response, annotations = want(completion, "response", "annotations")
-        if not isinstance(annotations, dict):
-            raise BadRow("wrong type", f"annotations is {kind(annotations)}, wanted an object")
-        given = [annotations.get(aspect) for aspect in ASPECTS]
+        given = map(typed(annotations, "annotations", dict).get, ASPECTS)
         ratings = [aspect.get("Rating") for aspect in given if isinstance(aspect, dict)]
         scores = [float(rating) for rating in ratings      # strings as a rule, some of them "N/A"
                   if isinstance(rating, str | int | float) and re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", str(rating))]
@@ -1676,7 +1671,7 @@ def is_gzip(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
-TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+TABLES = (".parquet", ".arrow", ".csv")
 
 
 def folder_rows(path: Path, data_set: DataSet, split: str, notes: Counter) -> Iterator[FileRow]:
@@ -1693,7 +1688,7 @@ def folder_rows(path: Path, data_set: DataSet, split: str, notes: Counter) -> It
         datasets.disable_progress_bars()
     try:
         if path.is_file():
-            splits = datasets.load_dataset(TABLES[path.suffix], data_files=str(path))
+            splits = datasets.load_dataset(path.suffix[1:], data_files=str(path))
         else:
             configs = datasets.get_dataset_config_names(str(path))
             splits = datasets.load_dataset(str(path), data_set.config if data_set.config in configs else None)
@@ -1933,9 +1928,8 @@ def read_check(row: dict) -> tuple:
         raise BadRow("wrong type", "subject and group must be strings, forbidden a list of strings")
     if not messages and not subject:
         want(row, "messages")
-    if not isinstance(facts, list):
-        raise BadRow("wrong type", f"facts is {kind(facts)}, wanted a list")
-    facts = [[as_text(wording, "a fact") for wording in (fact if isinstance(fact, list) else [fact])] for fact in facts]
+    facts = [[as_text(wording, "a fact") for wording in (fact if isinstance(fact, list) else [fact])]
+             for fact in typed(facts, "facts", list)]
     forbidden = [as_text(phrase, "forbidden") for phrase in forbidden]
     if any(not words(phrase) for phrase in [*forbidden, *chain.from_iterable(facts)]) or not all(facts):
         raise BadRow("empty fact", "a fact or a forbidden phrase is empty")
