@@ -334,9 +334,6 @@ class Rows(Sequence):
     def __add__(self, others: Rows) -> Rows:
         return Rows(self.store, np.concatenate([self.which, others.which]))
 
-    def families(self) -> list[int | None]:
-        return [None if family < 0 else family for family in self.store["families"][self.which].tolist()]
-
     def lengths(self) -> np.ndarray:
         """(rows,) tokens of each."""
         return np.diff(self.store["ends"][:, -1], prepend=0)[self.which]
@@ -503,9 +500,8 @@ class Order:
 
 def families(rows: Sequence[Row | Pair]) -> np.ndarray:
     """(rows,) numbers from 0, the same for rows that begin alike: the threads of one tree, the pairs of one prompt."""
-    numbers = {}
-    known = rows.families() if isinstance(rows, Rows) else (row.family for row in rows)
-    names = ((n,) if family is None else family for n, family in enumerate(known))
+    known = rows.store["families"][rows.which].tolist() if isinstance(rows, Rows) else [row.family for row in rows]
+    names, numbers = ((n,) if family in (None, -1) else family for n, family in enumerate(known)), {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
 
 
@@ -1304,6 +1300,7 @@ class Message:
     text: str
     rank: int | None
     defect: str | None
+    replies: list[Message] = field(default_factory=list)
 
     def as_dict(self) -> dict:
         return {"role": self.role, "content": self.text}
@@ -1315,11 +1312,10 @@ def read_oasst(rows: Iterable[FileRow], count: Count, language: str) -> Iterator
     Whole paths come first, and longer cut ones before shorter: where every reply of a cut path is part of a path
     before it, `build_row` finds nothing left to learn and drops it, for the reason of the cut.
     """
-    roots, replies = oasst_forest(rows, count, language)
-    for root in roots:
+    for root in oasst_trees(rows, count, language):
         whole, shortened = [], []       # (path, why it is cut, if it is)
-        for path, defect in oasst_walk(root, replies):
-            if defect or not replies.get(path[-1].id):
+        for path, defect in oasst_walk(root):
+            if defect or not path[-1].replies:
                 unanswered = len(path) % 2      # for the two take turns
                 cut = defect or ("no reply" if unanswered else None)
                 (shortened if cut else whole).append((path[:len(path) - unanswered], cut))
@@ -1335,13 +1331,12 @@ def read_oasst_pairs(rows: Iterable[FileRow], count: Count, language: str) -> It
 
     A reply that failed its review may be the worse one, never the better.
     """
-    roots, replies = oasst_forest(rows, count, language)
-    for path, defect in chain.from_iterable(oasst_walk(root, replies) for root in roots):
+    for path, defect in chain.from_iterable(map(oasst_walk, oasst_trees(rows, count, language))):
         count.drop(defect, defect not in (None, BAD))
         if defect or path[-1].role == "assistant":
             continue
-        siblings = [m for m in replies.get(path[-1].id, ()) if m.role == "assistant"
-                    and m.defect in (None, BAD, "failed review")]
+        siblings = [m for m in path[-1].replies
+                    if m.role == "assistant" and m.defect in (None, BAD, "failed review")]
         ranked = [m for m in siblings if m.rank is not None]
         count.drop("no rank", len(siblings) - len(ranked))
         count.drop("nothing to compare with", len(ranked) == 1)
@@ -1357,7 +1352,7 @@ def read_oasst_pairs(rows: Iterable[FileRow], count: Count, language: str) -> It
                 count.drop(drop.args[0])
 
 
-def oasst_walk(root: Message, replies: dict[str, list[Message]]) -> Iterator[tuple[tuple[Message, ...], str | None]]:
+def oasst_walk(root: Message) -> Iterator[tuple[tuple[Message, ...], str | None]]:
     """Down a tree, best replies first: (path to a good message, None), or (path before a bad one, what it suffers)."""
     todo = [(root, ())]
     while todo:
@@ -1368,35 +1363,33 @@ def oasst_walk(root: Message, replies: dict[str, list[Message]]) -> Iterator[tup
             defect = f"deeper than {DEEPEST} messages"
         if not defect:
             path = (*path, message)
-            todo += [(reply, path) for reply in reversed(replies.get(message.id, ()))]
+            todo += [(reply, path) for reply in reversed(message.replies)]
         yield path, defect
 
 
-def oasst_forest(rows: Iterable[FileRow], count: Count,
-                 language: str) -> tuple[list[Message], dict[str, list[Message]]]:
-    """(first messages by id, {message id: its replies by rank, unranked ones last, and id}), every message once."""
+def oasst_trees(rows: Iterable[FileRow], count: Count, language: str) -> list[Message]:
+    """First messages by id, with their replies by rank (unranked ones last) and id; every message once."""
     messages: dict[str, Message] = {}
     for message in chain.from_iterable(rows_read(rows, lambda row: oasst_messages(row, language), count)):
         if messages.setdefault(message.id, message) is not message:
             count.notes["messages that were there already"] += 1
     count.notes["messages read"] += len(messages)
-    replies = defaultdict(list)
+    roots, orphans = [], []
     for message in sorted(messages.values(), key=lambda m: (m.rank is None, m.rank or 0, m.id)):
-        replies[message.parent].append(message)
+        parent = messages.get(message.parent)
+        (roots if message.parent is None else parent.replies if parent else orphans).append(message)
 
     def below(tops: list[Message]) -> int:
         seen, todo = 0, list(tops)
         while todo:
             seen += 1
-            todo.extend(replies.get(todo.pop().id, ()))
+            todo.extend(todo.pop().replies)
         return seen
 
-    roots = replies.pop(None, [])
-    orphans = below([m for m in messages.values() if m.parent is not None and m.parent not in messages])
-    cycles = len(messages) - orphans - below(roots)
-    count.drop("orphan", orphans)
-    count.drop("cycle", cycles)
-    return sorted(roots, key=lambda m: m.id), replies
+    lost = below(orphans)
+    count.drop("orphan", lost)
+    count.drop("cycle", len(messages) - lost - below(roots))
+    return sorted(roots, key=lambda m: m.id)
 
 
 def oasst_messages(row: dict, language: str) -> list[Message]:
@@ -1435,6 +1428,7 @@ def spam(labels: Any) -> float:
 
     Trees keep {"spam": {"value"}}, the Hub {"name": [...], "value": [...]} or a list of {"name", "value"}.
     """
+    shares = []
     match labels:
         case {"spam": {"value": share}}:
             shares = [share]
@@ -1442,8 +1436,6 @@ def spam(labels: Any) -> float:
             shares = [value for name, value in zip(names, values, strict=False) if name == "spam"]
         case [*items]:
             shares = [item.get("value") for item in items if isinstance(item, dict) and item.get("name") == "spam"]
-        case _:
-            shares = []
     return max((share for share in shares if isinstance(share, int | float)), default=0.0)
 
 
