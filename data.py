@@ -604,20 +604,12 @@ class Data:
 
 def load_rows(specs: Sequence[str], reading: Reading | None = None) -> Data:
     """The conversations of all SPECs as rows."""
-    return _load(specs, "conversations", build_row, reading or Reading())
+    return kept_or_read(specs, "conversations", build_row, reading or Reading())
 
 
 def load_pairs(specs: Sequence[str], reading: Reading | None = None) -> Data:
     """The preferences of all SPECs as pairs."""
-    return _load(specs, "preferences", build_pair, reading or Reading())
-
-
-def _load(specs: Sequence[str], what: str, build: Callable, reading: Reading) -> Data:
-    """The rows of these SPECs, as they were kept or read anew."""
-    check_limits(reading)
-    specs = [specs] if isinstance(specs, str) else list(specs)
-    with kept_rows(specs, what, reading) as (found, keep):
-        return found or keep(read_rows(specs, what, build, reading))
+    return kept_or_read(specs, "preferences", build_pair, reading or Reading())
 
 
 def read_rows(specs: Sequence[str], what: str, build: Callable, reading: Reading) -> Data:
@@ -747,32 +739,31 @@ KEPT_AFTER = 5.0            # seconds of reading, from which the rows are kept f
 KEPT_BYTES = 8 << 30        # of all that is kept; what was used longest ago goes first
 
 
-@contextlib.contextmanager
-def kept_rows(specs: Sequence[str], what: str, reading: Reading) -> Iterator[tuple[Data | None, Callable]]:
-    """The rows that an earlier run made of the same files with the same settings and code, mapped from the disk.
+def kept_or_read(specs: Sequence[str], what: str, build: Callable, reading: Reading) -> Data:
+    """The rows that an earlier run made of the same files with the same settings and code, or rows read anew, and kept.
 
-    Gives (rows or None, a function that keeps what was read instead, and gives it, mapped if it is kept). Of several
-    processes one reads, and the others wait for it. Where nothing can be kept, every run reads anew.
+    What is kept is mapped from the disk. Of several processes one reads, and the others wait for it. Where nothing can
+    be kept, every run reads anew.
     """
     from filelock import FileLock, Timeout
 
+    check_limits(reading)
+    specs = [specs] if isinstance(specs, str) else list(specs)
     began, several = time.monotonic(), int(os.environ.get("WORLD_SIZE", 1)) > 1
     lock, name = FileLock(KEPT / ".lock"), rows_name(specs, what, reading)
-
-    def keep(found: Data) -> Data:
-        now = rows_name(specs, what, reading)
-        if now is None or name not in (None, now) or (time.monotonic() - began < KEPT_AFTER and not several):
-            return found
-        with suppress(OSError, Timeout), lock.acquire(timeout=0):
-            _keep(found, now)
-            return _kept(KEPT / now) or found
-        return found
-
     with contextlib.ExitStack() as stack:
         if several:
             with suppress(OSError):
                 stack.enter_context(lock)
-        yield _kept(KEPT / name) if name else None, keep
+        if name and (kept := _kept(KEPT / name)):
+            return kept
+        found, now = read_rows(specs, what, build, reading), rows_name(specs, what, reading)
+        worth_it = several or time.monotonic() - began >= KEPT_AFTER
+        if worth_it and now and name in (None, now):
+            with suppress(OSError, Timeout), lock.acquire(timeout=0):
+                _keep(found, now)
+                return _kept(KEPT / now) or found
+        return found
 
 
 def rows_name(specs: Sequence[str], what: str, reading: Reading) -> str | None:
