@@ -740,10 +740,9 @@ KEPT_BYTES = 8 << 30        # of all that is kept; what was used longest ago goe
 
 
 def kept_or_read(specs: Sequence[str], what: str, build: Callable, reading: Reading) -> Data:
-    """The rows that an earlier run made of the same files with the same settings and code, or rows read anew, and kept.
+    """The rows that an earlier run made of the same files with the same settings and code; else read anew, and kept.
 
-    What is kept is mapped from the disk. Of several processes one reads, and the others wait for it. Where nothing can
-    be kept, every run reads anew.
+    Of several processes one reads, and the others wait for it. Where nothing can be kept, every run reads anew.
     """
     from filelock import FileLock, Timeout
 
@@ -793,12 +792,11 @@ def _keep(found: Data, name: str) -> None:
     size = sum(array.nbytes for array in arrays.values())
     for leftover in KEPT.glob(".*.tmp"):    # of a process that was killed
         remove(leftover)
-    others = sorted((path for path in KEPT.glob("*/about.json") if path.parent.name != name), key=os.path.getmtime)
     taken = sum(file.stat().st_size for file in KEPT.glob("*/*"))
-    while others and taken + size > KEPT_BYTES:
-        oldest = others.pop(0).parent
-        taken -= sum(file.stat().st_size for file in oldest.iterdir())
-        remove(oldest)
+    for oldest in (path.parent for path in sorted(KEPT.glob("*/about.json"), key=os.path.getmtime)):
+        if oldest.name != name and taken + size > KEPT_BYTES:
+            taken -= sum(file.stat().st_size for file in oldest.iterdir())
+            remove(oldest)
     if taken + size > KEPT_BYTES or shutil.disk_usage(KEPT).free < 2 * size:
         return
     remove(KEPT / name)
@@ -812,7 +810,7 @@ def _keep(found: Data, name: str) -> None:
 
 
 def _kept(folder: Path) -> Data | None:
-    """The rows in a folder, if every file is as it was written."""
+    """The rows in a folder, mapped from the disk, if every file is as it was written."""
     try:
         about, seal = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         sums = {name: file_sha256(folder / name) for name in about["files"]}
@@ -951,9 +949,7 @@ def rows_read(rows: Iterable[FileRow], read_one: Callable[[dict], Any], count: C
 
 def row_by_row(read_one: Callable[[dict], Thread | Preference]) -> Reader:
     """A reader for data sets of which every row stands alone."""
-    def reader(rows, count, language):
-        return rows_read(rows, read_one, count)
-    return reader
+    return lambda rows, count, language: rows_read(rows, read_one, count)
 
 
 LONGEST_TEXT = 1_000_000        # characters of one message: some 250,000 tokens, far beyond any context
@@ -1415,10 +1411,7 @@ def oasst_messages(row: dict, language: str) -> list[Message]:
 
 
 def spam(labels: Any) -> float:
-    """The share of reviewers who called a message spam.
-
-    Trees keep {"spam": {"value"}}, the Hub {"name": [...], "value": [...]} or a list of {"name", "value"}.
-    """
+    """The share of reviewers who called a message spam, as trees have it, and in two ways the Hub."""
     shares = []
     match labels:
         case {"spam": {"value": share}}:
@@ -1920,10 +1913,7 @@ def read_check(row: dict) -> tuple:
 
 
 def judge(check: Check, reply: str, ended: bool) -> Verdict:
-    """What the reply is worth.
-
-    A fact of another subject is wrong unless it is stated of this one too, or is part of something that is.
-    """
+    """A reply's worth. A fact of another subject is wrong unless it is stated of this one too, or is part of what is."""
     text, subject = words(reply), (check.subject or "").casefold()
     wrong = [phrase for phrase in check.forbidden if occurs(words(phrase), text)]
     others: list[tuple[int, int]] = []                      # (start, end) in the reply of what is true of others only,
