@@ -1411,7 +1411,7 @@ def oasst_messages(row: dict, language: str) -> list[Message]:
 
 
 def spam(labels: Any) -> float:
-    """The share of reviewers who called a message spam, as trees have it, and in two ways the Hub."""
+    """The share of reviewers who called a message spam: in trees, and in the two ways in which the Hub has it."""
     shares = []
     match labels:
         case {"spam": {"value": share}}:
@@ -1913,7 +1913,7 @@ def read_check(row: dict) -> tuple:
 
 
 def judge(check: Check, reply: str, ended: bool) -> Verdict:
-    """A reply's worth. A fact of another subject is wrong unless it is stated of this one too, or is part of what is."""
+    """A reply's worth. Another subject's fact is wrong unless it is stated of this one too, or is part of what is."""
     text, subject = words(reply), (check.subject or "").casefold()
     wrong = [phrase for phrase in check.forbidden if occurs(words(phrase), text)]
     others: list[tuple[int, int]] = []                      # (start, end) in the reply of what is true of others only,
