@@ -658,8 +658,14 @@ def candidates(spec: str, what: str, count: Count,
         taken = [(c, n) for c, n in zip(chunk, copies, strict=True) if n]
         count.drop("left out by its weight", len(chunk) - len(taken))
         encoded = encode_all(text for candidate, _ in taken for text in candidate.texts())
-        for candidate, n in taken:  # trees whose users ask the same first are one tree, in whatever data sets
-            yield candidate, encoded, luck(reading.seed, " ".join(candidate.opening.casefold().split())), n
+        yield from ((candidate, encoded, luck(reading.seed, first_question(candidate.messages)), n)
+                    for candidate, n in taken)
+
+
+def first_question(messages: Conversation) -> str:
+    """What decides a tree's side: trees whose users ask the same first are one, in whatever data sets they are."""
+    first = next((m["content"] for m in messages if m["role"] == "user"), messages[0]["content"])
+    return " ".join(first.casefold().split())
 
 
 def build_row(thread: Thread, encoded: dict, count: Count, context: int, seen: set) -> Row:
@@ -691,7 +697,7 @@ def build_pair(pair: Preference, encoded: dict, count: Count, context: int, seen
     first_time(pair.key or pair.content, "pair", seen)
     chosen, rejected = (np.append(encoded[reply], EOT).astype(np.int32) for reply in (pair.chosen, pair.rejected))
     room = context - max(len(chosen), len(rejected))
-    messages = without_oldest(pair.prompt, room, reply=True, encoded=encoded)
+    messages = without_oldest(pair.messages, room, reply=True, encoded=encoded)
     prompt, _ = render(messages, reply=True, encoded=encoded)
     if len(prompt) > room:
         last = len(encoded[messages[-1]["content"]])
@@ -700,7 +706,7 @@ def build_pair(pair: Preference, encoded: dict, count: Count, context: int, seen
         start = len(prompt) - len(_header("assistant")) - last
         prompt = np.delete(prompt, slice(start, start + len(prompt) - room))
         count.notes["lost the start of its prompt's last message"] += 1
-    count.notes["lost its oldest exchanges"] += len(messages) < len(pair.prompt)
+    count.notes["lost its oldest exchanges"] += len(messages) < len(pair.messages)
     return Pair(prompt, chosen, rejected)
 
 
@@ -782,8 +788,7 @@ def rows_name(specs: Sequence[str], what: str, reading: Reading) -> str | None:
                 about = file.stat()
                 files.append((file.name, about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino))
     settings = {f.name: getattr(reading, f.name) for f in dataclasses.fields(Reading)}
-    known = (list(specs), what, settings, files, hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
-    return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
+    return digest_of(repr((list(specs), what, settings, files, file_sha256(Path(__file__))))).hex()
 
 
 def _keep(found: Data, name: str) -> None:
@@ -806,7 +811,8 @@ def _keep(found: Data, name: str) -> None:
             np.save(temporary / f"{key}.npy", values)
         about = {"counts": list(map(vars, found.counts)), "fingerprint": found.fingerprint,
                  "files": {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}}
-        (temporary / "about.json").write_text(json.dumps([about, sha256_of(about)]), encoding="utf-8")
+        seal = digest_of(json.dumps(about)).hex()
+        (temporary / "about.json").write_text(json.dumps([about, seal]), encoding="utf-8")
 
 
 def _kept(folder: Path) -> Data | None:
@@ -814,7 +820,7 @@ def _kept(folder: Path) -> Data | None:
     try:
         about, seal = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         sums = {name: file_sha256(folder / name) for name in about["files"]}
-        if (seal, sums) != (sha256_of(about), about["files"]):
+        if (seal, sums) != (digest_of(json.dumps(about)).hex(), about["files"]):
             return None
         arrays = {Path(name).stem: np.load(folder / name, mmap_mode="r") for name in about["files"]}
         which = [Rows(arrays, np.array(arrays.pop(side))) for side in ("train", "val")]
@@ -832,10 +838,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_of(about: Any) -> str:
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-
-
 # ---- what readers give ---------------------------------------------------------------------------
 
 
@@ -846,10 +848,6 @@ class Thread:
     messages: Conversation
     keys: list[str] | None = None       # a name for each message, by which one in several threads is learnt once
     cut: str | None = None              # why the thread does not go on, if something that followed was dropped
-
-    @property
-    def opening(self) -> str:
-        return first_question(self.messages)
 
     @property
     def content(self) -> str:
@@ -863,25 +861,17 @@ class Thread:
 class Preference:
     """Two replies to one conversation so far."""
 
-    prompt: Conversation
+    messages: Conversation
     chosen: str
     rejected: str
     key: tuple[str, str] | None = None
 
     @property
-    def opening(self) -> str:
-        return first_question(self.prompt)
-
-    @property
     def content(self) -> str:
-        return repr((self.prompt, self.chosen, self.rejected))
+        return repr((self.messages, self.chosen, self.rejected))
 
     def texts(self) -> list[str]:
-        return [*(message["content"] for message in self.prompt), self.chosen, self.rejected]
-
-
-def first_question(messages: Conversation) -> str:
-    return next((m["content"] for m in messages if m["role"] == "user"), messages[0]["content"])
+        return [*(message["content"] for message in self.messages), self.chosen, self.rejected]
 
 
 class Drop(Exception):
