@@ -954,12 +954,13 @@ def want(row: Any, *keys: str) -> list:
     if not isinstance(row, dict):
         raise BadRow("not an object", f"found {kind(row)}, wanted an object with the keys {', '.join(keys)}")
     if any(key not in row for key in keys):
-        raise BadRow("wrong keys", f"keys found: {keys_of(row)}; keys wanted: {', '.join(keys)}")
+        raise wrong_keys(row, ", ".join(keys))
     return [row[key] for key in keys]
 
 
-def keys_of(row: dict) -> str:
-    return ", ".join(excerpt(key)[:40] for key in sorted(row)[:12]) or "none"
+def wrong_keys(row: dict, wanted: str) -> BadRow:
+    found = ", ".join(excerpt(key)[:40] for key in sorted(row)[:12]) or "none"
+    return BadRow("wrong keys", f"keys found: {found}; keys wanted: {wanted}")
 
 
 # who speaks, in whatever words; "tool" is whatever is no talk between two
@@ -1114,7 +1115,7 @@ def read_layout(row: dict, layouts: dict[str, tuple[str, ...]], count: Count) ->
     if (name := layout_of(row, layouts)) is None:
         wanted = ", or ".join(" and ".join(keys) for keys in layouts.values() if "label" not in keys)
         hint = next((f"  ({HINTS[key]})" for key in HINTS if key in row and key not in first), "")
-        raise BadRow("wrong keys", f"keys found: {keys_of(row)}; keys wanted: {wanted}{hint}")
+        raise wrong_keys(row, wanted + hint)
     keys = [key for key in layouts[name] if key != "label"]
     count.notes[f"read as {name}"] += name not in OURS
     count.unused.update(unused(row, HAVE_MEANING | set(keys)))
@@ -1151,8 +1152,7 @@ def answered(row: dict, ask: str, *replies: str) -> tuple[Conversation, list[Con
             texts = [text.lstrip()[len(prompt):] for text in texts]
     sides = [as_turns(text, key, "assistant") for text, key in zip(texts, replies, strict=True)]
     if prompt is None and not any(message["role"] == "user" for side in sides for message in side):
-        raise BadRow("wrong keys", f"keys found: {keys_of(row)}; keys wanted: {ask} too, for these are no transcripts "
-                                   "(Human: ... Assistant: ...)")
+        raise wrong_keys(row, f"{ask} too, for these are no transcripts (Human: ... Assistant: ...)")
     before = [] if prompt is None else as_turns(prompt, ask, "user")
     if before and before[-1] == {"role": "assistant", "content": ""}:
         before.pop()                    # a transcript that ends with "Assistant:"
