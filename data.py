@@ -500,8 +500,9 @@ class Order:
 
 def families(rows: Sequence[Row | Pair]) -> np.ndarray:
     """(rows,) numbers from 0, the same for rows that begin alike: the threads of one tree, the pairs of one prompt."""
+    numbers = {}
     known = rows.store["families"][rows.which].tolist() if isinstance(rows, Rows) else [row.family for row in rows]
-    names, numbers = ((n,) if family in (None, -1) else family for n, family in enumerate(known)), {}
+    names = ((n,) if family in (None, -1) else family for n, family in enumerate(known))
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
 
 
@@ -889,8 +890,8 @@ class BadRow(Drop):
 class Count:
     """What became of the rows of one SPEC: kept + dropped = read.
 
-    What is counted are the conversations (or pairs) that could have come out. A row of a file is one, read or not. Of
-    an OASST tree each path from the first message to a leaf is one, or as far as the first message that is dropped;
+    What is counted are the conversations (or pairs) that could have come out. A row of a file is one, readable or not.
+    Of an OASST tree each path from the first message to a leaf is one, or as far as the first message that is dropped;
     for pairs each two ranked siblings, and each reply that is not compared. Orphans and cycles count by the message.
     """
 
@@ -1446,6 +1447,9 @@ DATA_SETS = {
     "jsonl": DataSet(read_conversations, read_preferences),     # what a PATH without a NAME is
 }
 SHIPPED = dict(DATA_SETS)   # without those that others add
+TABLES = (".parquet", ".arrow", ".csv")     # the files that load_dataset reads here one by one
+BLANK = b" \t\r\n\xef\xbb\xbf"              # of a line; the mark that Windows puts first, too
+PATIENCE = 10                               # seconds that the Hub has to answer the first question
 
 
 def parse_spec(spec: str) -> tuple[str, Path | None, float]:
@@ -1501,12 +1505,11 @@ def find_rows(name: str, path: Path | None) -> tuple[Path | None, str]:
         if path and "#" in path.name and not path.exists():
             whole, _, split = str(path).rpartition("#")
             path = Path(whole) if whole else None
-    path = path or DATA_SETS[name].file
-    if path is None:
-        return None, split
-    shown = visible(str(path))[:200]
-    with suppress(OSError, ValueError):
+        path = path or DATA_SETS[name].file
+        if path is None:
+            return None, split
         folder, file = path.is_dir() and path != Path(), path.is_file()
+    shown = visible(str(path))[:200]
     if file and split and path.suffix not in TABLES:
         raise ValueError(f"{shown} is a file and has no splits, so #{visible(split)[:80]} means nothing")
     if folder or file:
@@ -1582,9 +1585,6 @@ def size_unpacked(path: Path) -> int:
         return int.from_bytes(file.read(), "little")
 
 
-BLANK = b" \t\r\n\xef\xbb\xbf"        # the mark that Windows puts first, too
-
-
 def one_value(file: IO[bytes], shown: str) -> list | None:
     """The rows of a file that is one JSON list, or one object over many lines; None if it goes by lines."""
     with suppress(OSError, EOFError, zlib.error):   # what cannot be read is told of line by line
@@ -1637,9 +1637,6 @@ def is_gzip(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
-TABLES = (".parquet", ".arrow", ".csv")
-
-
 def folder_rows(path: Path, data_set: DataSet, split: str, notes: Counter) -> Iterator[FileRow]:
     """The rows of a folder (or of a table's file) as `load_dataset` reads it, of one split or of all.
 
@@ -1672,9 +1669,6 @@ def folder_rows(path: Path, data_set: DataSet, split: str, notes: Counter) -> It
         rows = chain.from_iterable(batch.to_pylist() for batch in table.iter(batch_size=1000))
         rows = ((f"{source} {name} row {number}", row, row) for number, row in enumerate(rows, 1))
         yield from watched(rows, f"reading {source} {name}", len(table), lambda row: 1)
-
-
-PATIENCE = 10   # seconds that the Hub has to answer the first question
 
 
 def hub_rows(name: str, data_set: DataSet, split: str, notes: Counter) -> Iterator[FileRow]:
@@ -1873,10 +1867,9 @@ def read_checks(path: str | Path) -> list[Check]:
     checks, stated = [], defaultdict(lambda: defaultdict(dict))
     for row in rows_read(file_rows(path), read_check, Count(str(path), bad_rows="")):
         messages, facts, forbidden, subject, group = row
-        if subject:
-            for wordings in facts:
-                for statement in (tuple(words(wording)) for wording in wordings):
-                    stated[statement[0]][statement].setdefault(subject.casefold(), wordings[0])
+        for wordings in facts if subject else ():
+            for statement in (tuple(words(wording)) for wording in wordings):
+                stated[statement[0]][statement].setdefault(subject.casefold(), wordings[0])
         if messages:
             checks.append(Check(messages, facts, forbidden, subject, group, stated))
     if not checks:
@@ -1992,6 +1985,7 @@ def plurals(subject: str) -> list[list[str]]:
 
 # ---- on the screen -------------------------------------------------------------------------------
 
+LEADS = os.environ.get("RANK", "0") == "0"  # whether this process is the one that talks
 # Control characters have pictures; what else steers a terminal or reorders a line is spelt out by its number.
 INVISIBLE = ({c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F: 0x2421}
              | dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")
@@ -2038,9 +2032,6 @@ def progress(what: str, total: float) -> Iterator[Callable[[float], None]]:
     finally:
         if bar:
             bar.stop()
-
-
-LEADS = os.environ.get("RANK", "0") == "0"  # whether this process is the one that talks
 
 
 def transcript(messages: Conversation, width: int = 88) -> str:
@@ -2099,19 +2090,19 @@ def describe(data: Data, what: str) -> str:
 
 def print_example(row: Row | Pair) -> None:
     """The text of a row, with what is learnt (or chosen) and what is rejected in colour, or between «» and ‹›."""
+    marks = {"dim": "{}", "bold green": "«{}»", "red": "‹{}›"}
     if isinstance(row, Pair):
-        pieces = [(row.prompt, "dim", "{}"), (row.chosen, "bold green", "«{}»"), (row.rejected, "red", "‹{}›")]
+        pieces = [(row.prompt, "dim"), (row.chosen, "bold green"), (row.rejected, "red")]
     else:
         edges = [0, *(np.flatnonzero(np.diff(row.mask)) + 1), len(row)]
-        pieces = [(row.ids[a:b], "bold green" if row.mask[a] else "dim", "«{}»" if row.mask[a] else "{}")
-                  for a, b in pairwise(edges)]
-    pieces = [(visible(text_of(ids)), style, marks) for ids, style, marks in pieces]
+        pieces = [(row.ids[a:b], "bold green" if row.mask[a] else "dim") for a, b in pairwise(edges)]
+    pieces = [(visible(text_of(ids)), style) for ids, style in pieces]
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
         from rich.console import Console
         from rich.text import Text
-        Console().print(Text.assemble(*((text, style) for text, style, _ in pieces)))
+        Console().print(Text.assemble(*pieces))
     else:
-        print("".join(marks.format(text) for text, _, marks in pieces))
+        print("".join(marks[style].format(text) for text, style in pieces))
 
 
 # ---- files written whole -------------------------------------------------------------------------
