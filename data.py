@@ -647,10 +647,7 @@ def read_rows(specs: Sequence[str], what: str, build: Callable, reading: Reading
 
 def candidates(spec: str, what: str, count: Count,
                reading: Reading) -> Iterator[tuple[Thread | Preference, dict[str, np.ndarray], float, int]]:
-    """The conversations or preferences of a SPEC that its weight takes.
-
-    Each with the ids of its texts (encoded in bulk), the side of its tree, and how often it is taken.
-    """
+    """What a SPEC's weight takes, each with the ids of its texts, the side of its tree, and how often it is taken."""
     name, path, weight = parse_spec(spec)
     reader = reader_of(name, what)
     found = iter(reader(open_spec(name, path, count.notes), count, reading.language))
@@ -1638,10 +1635,7 @@ def is_gzip(path: Path) -> bool:
 
 
 def folder_rows(path: Path, data_set: DataSet, split: str, notes: Counter) -> Iterator[FileRow]:
-    """The rows of a folder (or of a table's file) as `load_dataset` reads it, of one split or of all.
-
-    All are named, for some data sets have the same rows in several.
-    """
+    """The rows of a folder (or of a table's file) as `load_dataset` reads it, of one split or of all."""
     import datasets
 
     source = visible(str(path))[:200]
@@ -1662,7 +1656,7 @@ def folder_rows(path: Path, data_set: DataSet, split: str, notes: Counter) -> It
         raise ValueError(f"{source} has no split {visible(split)[:80]!r}; it has {', '.join(splits)}")
     for name in [split] if split else splits:
         table = splits[name]
-        if len(splits) > 1:
+        if len(splits) > 1:     # some data sets have the same rows in several
             notes[f"rows of the split {name}"] += len(table)
         columns = [column for column in data_set.columns or () if column in table.column_names]
         table = (table.select_columns(columns) if columns else table).with_format("arrow")
