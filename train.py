@@ -1395,7 +1395,7 @@ def verify_checkpoint(folder: Path) -> str:
 def sealed(about: dict) -> str:
     """The text of a manifest, which ends with the sha256 of what is before that."""
     about = {key: value for key, value in about.items() if key != "sha256"}
-    return json.dumps(about | {"sha256": data.sha256_of(about)}, indent=1)
+    return json.dumps(about | {"sha256": hashlib.sha256(json.dumps(about).encode()).hexdigest()}, indent=1)
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

@@ -14,8 +14,8 @@ world.json knows 216 occupations, phrases.toml knows how such things are said, a
     checks.jsonl         questions with the facts that a good reply contains, for `--checks` of sft.py and dpo.py.
     exam.jsonl           other questions in other wordings, which served to choose nothing: the README's table
 
-All of it is a function of the seed; the model's last bits are one of the processor's too. Pre-training reads 10 million
-tokens: some 25 minutes in bf16 on two idle cores of an AMD EPYC with avx512_bf16.
+All of it is a function of the seed; the model's last bits are one of the processor's too. Pre-training reads 31 million
+tokens: about an hour in bf16 on two idle cores of an AMD EPYC with avx512_bf16 (8,200 tokens a second).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Config(Settings):
     quick: bool = False  # a tiny world, model and everything, into runs/quick
     show: int = 0  # print so many documents and do nothing else
 
-    trees: int = 5000  # conversation trees
+    trees: int = 6500  # conversation trees
     questions: int = 100  # checks in each of the four groups made from the world; the exam has twice as many
     occupations: int = 1000  # of the world's, at most so many
     n_layer: int = 6  # 6 layers of 128 and GPT-2's 50,257 words are 7.8 million parameters, 16 MB in fp16
@@ -371,7 +371,6 @@ def documents(world: list[dict], phrases: dict, rng: random.Random, kept_back: S
 
 OFTEN = {"does": 8, "tools": 5, "place": 7, "skills": 4, "partners": 3, "kin": 4, "about": 3}  # how often asked for
 SINGLE = ("place", "kin", "who_place")  # there is but one thing to say
-INFORMATIVE = 0.42  # share of the questions that have a reply with several facts among their ranked ones
 
 
 def conversed(world: list[dict]) -> list[dict]:
@@ -390,8 +389,11 @@ def letters_of(text: str) -> str:
 class Talk:
     """Questions about the occupations of `world`, and ranked replies to them."""
 
-    def __init__(self, world: list[dict], phrases: dict, rng: random.Random):
+    def __init__(self, world: list[dict], phrases: dict, rng: random.Random, informative: float = 0.42,
+                 by_other_names: float = 0.25):
         self.world, self.phrases, self.rng = world, phrases, rng
+        self.informative = informative        # share of the questions that have a good reply with several facts
+        self.by_other_names = by_other_names  # how often an occupation is called what it also is
         self.near = neighbours(world)
 
     def line(self, *path: str) -> str:
@@ -449,7 +451,7 @@ class Talk:
 
     def by_any_name(self, x: dict) -> dict:
         """The occupation as people may call it."""
-        return x | {"name": self.rng.choice(x["also"])} if x["also"] and self.rng.random() < 0.25 else x
+        return x | {"name": self.rng.choice(x["also"])} if x["also"] and self.rng.random() < self.by_other_names else x
 
     def in_short(self, x: dict) -> dict:
         """The occupation as somebody speaks of it who does not say all of a deed."""
@@ -465,7 +467,7 @@ class Talk:
         y, z = self.occupation(unlike=x), self.occupation(unlike=x)
         good = [say("plain", aspect, about=x, first=first)]
         several = aspect not in SINGLE and not (aspect == "partners" and len(x["works_with"]) < 2)
-        if several and rng.random() < INFORMATIVE:
+        if several and rng.random() < self.informative:
             good.insert(0, say("full", aspect, about=x, first=first))
         wrong = [say(how, aspect, about=impostor(x, y, whole=True), first=first) for how in ("plain", "full")]
         other = say(rng.choice(("plain", "full")), aspect if aspect in self.known(y) else "does", about=y)
@@ -570,15 +572,16 @@ def conversations(world: list[dict], phrases: dict, rng: random.Random, count: i
     conversation goes on from a plain reply more often than from an informative one: SFT learns to be right, and leaves
     it to DPO to say more. No question of the checks in `kept_back` is asked.
     """
-    talk = Talk(conversed(world), phrases, rng)
+    talk = Talk(conversed(world), phrases, rng, informative=0.65, by_other_names=0.4)
     for number in range(count):
         root = last = before = None
         for turn in range(turns := rng.choices((1, 2, 3, 4), (1, 3, 4, 2))[0]):
-            kinds = {"ask": 5, "then": 8 * bool(before), "other": 7 * bool(before), "who": 0.8, "whether": 1.2,
+            kinds = {"ask": 5, "then": 8 * bool(before), "other": 7 * bool(before), "who": 0.8, "whether": 1.8,
                      "compare": 0.5, "unknown": 1.2, "strange": 0.6, "beyond": 0.5,
-                     "talk": 1.5 if turn == 0 else 1.2 if turn == turns - 1 else 0.2}
+                     "talk": 2 if turn == 0 else 1.5 if turn == turns - 1 else 0.3}
             question, good, bad, before = talk.asked(kinds, before, kept_back)
             prompt = message("prompter", question)
+            bad = bad[:1] if len(set(good)) > 1 else bad  # so that informative over plain is no rare pair
             prompt["replies"] = [message("assistant", text, review_result=text in good, rank=rank)
                                  for rank, text in enumerate(dict.fromkeys(good + bad))]  # bad ones may come out good
             root = root or prompt

@@ -211,7 +211,8 @@ def test_ranks_go_from_good_to_bad(trees):
         assert good[0] and good == sorted(good, reverse=True)
         assert len({reply["text"] for reply in replies if reply["review_result"]}) == sum(good)
     several = [p for p in prompts if sum(r["review_result"] for r in p["replies"]) > 1]
-    assert 0.1 < len(several) / len(prompts) < 0.4  # SFT learns mostly from plain replies, DPO prefers informative ones
+    # beside each informative reply is a plain one: SFT learns from these mostly, and DPO prefers the others
+    assert 0.1 < len(several) / len(prompts) < 0.55
 
 
 def test_good_replies_say_a_thing_once_and_some_bad_ones_twice(trees):
@@ -436,11 +437,11 @@ def base():
     return model.GPT.from_pretrained(ROOT / "sample" / "model")
 
 
-def occurring(rows) -> set[int]:
-    """The ids of the documents and conversations, found anew."""
-    texts = list(itertools.islice(make.documents(WORLD, PHRASES, random.Random(9)), 20000))
-    ids = set(itertools.chain.from_iterable(data.tokenizer().encode_ordinary_batch(texts))) | {data.EOT}
-    return ids.union(*(row.ids.tolist() for row in rows))
+@pytest.fixture(scope="module")
+def unknown(base) -> set[int]:
+    """The ids that occurred too rarely in the documents: they share a row."""
+    shared = base.wte.weight[torch.mode(base.wte.weight @ torch.arange(128.0)).indices]
+    return set((base.wte.weight == shared).all(1).nonzero()[:, 0].tolist())
 
 
 def test_base_model_is_small_and_finite(base):
@@ -449,21 +450,19 @@ def test_base_model_is_small_and_finite(base):
     assert all(w.isfinite().all() and w.abs().max() < 1000 for w in base.state_dict().values())
 
 
-def test_sampling_at_temperature_1_draws_only_words_that_occur(base, rows):
-    used, drawn = occurring(rows), []
+def test_sampling_at_temperature_1_draws_only_words_that_occur(base, unknown):
+    drawn = []
     for seed in range(20):
         drawn += model.generate(base, [data.EOT], 150, temperature=1.0, seed=seed)
     assert len(drawn) > 1000
-    assert not set(drawn) - used
+    assert not set(drawn) & unknown
 
 
-def test_the_base_model_can_tell_all_words_of_conversations_and_checks_apart(base, rows, checks):
-    """Words that it never met share a row, so questions that differ in one of them alone would be the same to it."""
-    shared = base.wte.weight[torch.mode(base.wte.weight @ torch.arange(128.0)).indices]
-    unknown = set((base.wte.weight == shared).all(1).nonzero()[:, 0].tolist())
+def test_the_base_model_can_say_all_that_replies_are_made_of(unknown, rows):
+    """To adapters, words that share a row are one: replies have none of them, and questions what it cannot know."""
     assert len(unknown) > 40_000
-    said = set(itertools.chain.from_iterable(row.ids.tolist() for row in rows))
-    said |= {token for check in checks for token in data.render(check.messages)[0].tolist()}
+    said = set(itertools.chain.from_iterable(row.ids[row.mask].tolist() for row in rows))
+    said |= {token for entry in WORLD for text in strings(entry) for token in data.tokenizer().encode(" " + text)}
     assert not {data.text_of([token]) for token in said & unknown}
 
 
