@@ -727,7 +727,8 @@ def test_the_card_is_one_that_the_hub_reads(finished):
     assert all((folder / name).is_file() for name in re.findall(r"\]\((\S+)\)", found.text))
     compile(re.search(r"```python\n(.*?)```", found.text, re.DOTALL)[1], "README.md", "exec")
     about = json.loads((folder / "run.json").read_text())
-    assert f"| validation loss | {about['before']['val_loss']:.4g} | {about['metrics']['val_loss']:.4g} |" in found.text
+    loss = f"{about['before']['val_loss']:.4g} -> {about['metrics']['val_loss']:.4g}"
+    assert f"| validation loss | {loss} |" in found.text
     assert "Is [/b] a tag?" in found.text and "--dropout 0.1" in found.text
 
     lineage = [{"stage": "sft", "model": "gpt2", "adapter": "", "data": ["oasst1", "smoltalk@0.02"]},
@@ -825,7 +826,7 @@ def test_the_score_after_a_stage_is_the_next_ones_before(finished, tmp_path, mon
                            for folder in (finished.model, both[0].out, both[1].out))
     assert asked == [base, first, first, second]
     one, two = (train.read_about(cfg.out) for cfg in both)
-    assert one["after"] == {key: two["before"][key] for key in ("replies", "checks")}
+    assert one["after"] == {key: two["before"][key] for key in ("replies", "repetition", "checks")}
 
 
 def test_generation_tells_how_far_it_is(tiny_model):
@@ -907,7 +908,7 @@ def test_what_strangers_wrote_is_shown_as_text(settings, tmp_path, capsys):
         run.say("c\x1b[0m")
         out = capsys.readouterr().out
         assert "step-00000001" in out and "c␛[0m" in out and "\x1b" not in out
-        score = {"n": 1, "correct": 1.0, "facts": 1.0, "ended": 1.0, "words": 1.0}
+        score = {"n": 1, "correct": 1.0, "twice": 0.0, "good": 1.0, "facts": 1.0, "ended": 1.0, "words": 1.0}
         talk = [{"role": "user", "content": "````\n# no heading"}]
         found = {"replies": [talk], "checks": {"x | y\n# z `\x1b[1m": score, "all": score}}
         written = train._samples(run, found, found, [[]])
