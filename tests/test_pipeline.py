@@ -29,8 +29,8 @@ def found(folder):
 def exam(found, folder):
     """{model: its scores}, printed as the README has them."""
     path = ROOT / "sample" / "exam.jsonl"
-    scores = {"base": examine(ROOT / "sample" / "model", path, 0), "SFT": examine(folder / "sft-0", path, 1),
-              "DPO": examine(folder / "dpo-0", path, 1)}
+    scores = {"base": examine(ROOT / "sample" / "model", path, 0), "SFT": examine(folder / "sft-0", path, 0),
+              "DPO": examine(folder / "dpo-0", path, 0)}
     print("\n" + table(rows(0, found, scores)))
     return scores
 
@@ -41,11 +41,11 @@ def test_the_base_model_cannot_converse(exam):
 
 @pytest.mark.parametrize("stage", ["SFT", "DPO"])
 def test_what_is_asked_is_answered_right_and_once(exam, stage):
-    greedy, drawn = exam[stage]["greedy"], exam[stage]["drawn"]
+    greedy = exam[stage]["greedy"]
     assert min(greedy[group]["correct"] for group in GROUPS[:4]) >= 0.8
     assert greedy["everyday"]["correct"] >= 0.7
     assert greedy["all"]["twice"] <= 0.02 and greedy["all"]["ended"] >= 0.99
-    assert drawn["all"]["good"] >= 0.83
+    assert greedy["all"]["good"] >= 0.85
 
 
 def test_dpo_teaches_to_say_more_and_nothing_wrong(exam, found):
