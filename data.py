@@ -999,12 +999,12 @@ def joined_parts(content: Any) -> Any:
     for part in content:
         if part.get("type", "text") not in ("text", "input_text", "output_text"):
             raise Drop("content that is no text")
-        typed(*want(part, "text"), "a part's text", str)
+        of_type(*want(part, "text"), "a part's text", str)
     return "".join(part["text"] for part in content)
 
 
 def as_text(value: Any, key: str) -> str:
-    if len(typed(value, key, str)) > LONGEST_TEXT:
+    if len(of_type(value, key, str)) > LONGEST_TEXT:
         raise Drop(f"a message over {LONGEST_TEXT:,} characters")
     return clean(value)
 
@@ -1050,18 +1050,18 @@ def comparison(prompt: Conversation, chosen: str, rejected: str, key: tuple[str,
     return Preference(prompt, chosen, rejected, key)
 
 
-KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number",
-         float: "a number", type(None): "null"}     # as JSON calls them
+JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number",
+              float: "a number", type(None): "null"}     # as JSON calls them
 
 
 def kind(value: Any) -> str:
-    return KINDS.get(type(value), type(value).__name__)
+    return JSON_NAMES.get(type(value), type(value).__name__)
 
 
-def typed(value: Any, key: str, wanted: type) -> Any:
+def of_type(value: Any, key: str, wanted: type) -> Any:
     """The value, if it is of this type."""
     if not isinstance(value, wanted):
-        raise BadRow("wrong type", f"{key} is {kind(value)}, wanted {KINDS[wanted]}")
+        raise BadRow("wrong type", f"{key} is {kind(value)}, wanted {JSON_NAMES[wanted]}")
     return value
 
 
@@ -1244,9 +1244,9 @@ def read_ultrafeedback(row: dict) -> Preference:
     """
     instruction, completions = want(row, "instruction", "completions")
     rated = []
-    for completion in typed(completions, "completions", list):
+    for completion in of_type(completions, "completions", list):
         response, annotations = want(completion, "response", "annotations")
-        given = map(typed(annotations, "annotations", dict).get, ASPECTS)
+        given = map(of_type(annotations, "annotations", dict).get, ASPECTS)
         ratings = [aspect.get("Rating") for aspect in given if isinstance(aspect, dict)]
         scores = [float(rating) for rating in ratings      # strings as a rule, some of them "N/A"
                   if isinstance(rating, str | int | float) and re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", str(rating))]
@@ -1882,7 +1882,7 @@ def read_check(row: dict) -> tuple:
     if not messages and not subject:
         want(row, "messages")
     facts = [[as_text(wording, "a fact") for wording in (fact if isinstance(fact, list) else [fact])]
-             for fact in typed(facts, "facts", list)]
+             for fact in of_type(facts, "facts", list)]
     forbidden = [as_text(phrase, "forbidden") for phrase in forbidden]
     if any(not words(phrase) for phrase in [*forbidden, *chain.from_iterable(facts)]) or not all(facts):
         raise BadRow("empty fact", "a fact or a forbidden phrase is empty")
@@ -1903,11 +1903,12 @@ def judge(check: Check, reply: str, ended: bool) -> Verdict:
                 else:
                     others.append((i, i + len(statement)))
     wrong += [" ".join(text[i:j]) for i, j in others if not any(a <= i and j <= b for a, b in own)]
-    about = not subject or any(occurs(form, text) for form in plurals(check.subject))
+    names = plurals(check.subject) if subject else []
+    about = not subject or any(occurs(form, text) for form in names)
     facts = sum(any(occurs(words(wording), text) for wording in fact) for fact in check.facts)
     if not subject:
         own = {place: wording for wording in chain.from_iterable(check.facts) for place in places(words(wording), text)}
-    twice = said_twice(reply, own, plurals(check.subject) if subject else [])
+    twice = said_twice(reply, own, names)
     return Verdict(about and facts >= 1 and not wrong, about, facts, wrong, twice, ended, len(reply.split()),
                    check.group, repetition(reply))
 

@@ -989,10 +989,10 @@ def checks_table(before: dict, after: dict):
     from rich.text import Text
 
     table = Table(title="checks, before -> after", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heading in ("group", "asked", *score_cells(after["all"])):
+    table.add_column("group", overflow="fold", min_width=min(12, max(map(len, after))))
+    for heading in ("asked", *score_cells(after["all"])):
         heading = heading.replace(" per ", "\nper ").replace(" and ", " and\n")
-        table.add_column(heading, justify="left" if heading == "group" else "right", overflow="fold",
-                         min_width=min(12, max(map(len, after))) if heading == "group" else None)
+        table.add_column(heading, justify="right", overflow="fold")
     for group, now in after.items():
         table.add_row(Text(data.visible(group)), str(now["n"]), *_changes(before.get(group, now), now))
     return table

@@ -115,7 +115,6 @@ class Config(Settings):
 QUICK = {"to": "runs/quick", "out": "runs/quick/base", "trees": 60, "questions": 5, "occupations": 12, "n_layer": 2,
          "n_embd": 32, "n_head": 2, "row": 64, "steps": 40, "eval_every": 20, "save_every": 40}
 
-ASPECTS = ("does", "tools", "place", "skills", "partners", "kin")
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "James", "Kate", "Leo", "Mary",
          "Nora", "Oliver", "Paul", "Ruth", "Sam", "Tom", "Vera")
 TOWNS = ("London", "Leeds", "York", "Bristol", "Oxford", "Cardiff", "Glasgow", "Dublin", "Bath", "Derby")

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from benchmarks.pipeline import GROUPS, ROOT, examine, rows, run_stages, table
+from benchmarks.pipeline import GROUPS, ROOT, examine_stages, rows, run_stages, table
 
 import train
 
@@ -28,9 +28,7 @@ def found(folder):
 @pytest.fixture(scope="module")
 def exam(found, folder):
     """{model: its scores}, printed as the README has them."""
-    path = ROOT / "sample" / "exam.jsonl"
-    scores = {"base": examine(ROOT / "sample" / "model", path, 0), "SFT": examine(folder / "sft-0", path, 0),
-              "DPO": examine(folder / "dpo-0", path, 0)}
+    scores = examine_stages(0, folder, ROOT / "sample" / "exam.jsonl", draws=0)
     print("\n" + table(rows(0, found, scores)))
     return scores
 

@@ -61,6 +61,14 @@ def examine(folder: str | Path, exam: str | Path, draws: int, precision: str = "
     return {"greedy": data.tally(verdicts), "drawn": data.tally(data.judge(*reply, ended=True) for reply in drawn)}
 
 
+def examine_stages(seed: int, out: Path, exam: str | Path, draws: int, precision: str = "auto",
+                   base: bool = True) -> dict[str, dict]:
+    """{model: its scores} of what `run_stages` left, and of the base model, which is not asked to draw."""
+    folders = {"base": ROOT / "sample" / "model"} if base else {}
+    folders |= {"SFT": out / f"sft-{seed}", "DPO": out / f"dpo-{seed}"}
+    return {name: examine(folder, exam, 0 if name == "base" else draws, precision) for name, folder in folders.items()}
+
+
 def rows(seed: int, found: dict[str, dict], examined: dict[str, dict]) -> list[list[str]]:
     """A line each for the base model, the SFT model and the DPO model."""
     lines = []
@@ -88,10 +96,7 @@ def main(cfg: Config) -> None:
     out, lines = ROOT / cfg.out, []
     for seed in cfg.seeds:
         found = run_stages(seed, out, cfg.precision)
-        examined = {} if lines else {"base": examine(ROOT / "sample" / "model", cfg.exam, 0, cfg.precision)}
-        for stage in ("sft", "dpo"):
-            examined[stage.upper()] = examine(out / f"{stage}-{seed}", cfg.exam, cfg.draws, cfg.precision)
-        lines += rows(seed, found, examined)
+        lines += rows(seed, found, examine_stages(seed, out, cfg.exam, cfg.draws, cfg.precision, base=not lines))
     print(table(lines))
 
 
