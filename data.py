@@ -777,11 +777,12 @@ def rows_name(specs: Sequence[str], what: str, reading: Reading) -> str | None:
     """
     files = []
     for name, path, _ in map(parse_spec, specs):
-        data_set = DATA_SETS[name]
-        place = path or data_set.file or hub_folder(data_set)
-        if data_set is not SHIPPED.get(name) or place is None:
+        if DATA_SETS[name] is not SHIPPED.get(name):
             return None
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):     # reading says what is wrong with them
+            place = find_rows(name, path)[0] or hub_folder(DATA_SETS[name])
+            if place is None:
+                return None
             for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
                 about = file.stat()
                 files.append((file.name, about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino))

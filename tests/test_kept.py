@@ -144,6 +144,16 @@ def test_rows_are_read_anew_where_anything_changed(chats, kept, reads, tmp_path,
     assert len(reads) == 9
 
 
+def test_a_split_is_read_anew_where_its_files_changed(kept, reads, tmp_path):
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    for times, answer in enumerate(("It is 1.", "It is 2."), 1):
+        write_jsonl(folder / "test.jsonl", [{"messages": [user("What is it?"), assistant(answer)]}])
+        for _ in range(2):
+            rows = data.load_rows([f"{folder}#test"], data.Reading(val_fraction=0)).train
+            assert answer in data.text_of(rows[0].ids) and len(reads) == times
+
+
 def test_readers_of_others_are_not_known_by_this_file(chats, kept, reads, monkeypatch):
     monkeypatch.setattr(data, "DATA_SETS", data.DATA_SETS | {"mine": data.DataSet(data.read_messages)})
     for _ in range(2):
