@@ -979,8 +979,9 @@ def as_messages(value: Any, key: str) -> Conversation:
         raise BadRow("wrong type", f"{key} is {kind(value) if value != [] else 'empty'}, wanted a list of messages")
     messages = []
     for message in value:
-        who, what = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
-        speaker = message.get(who) if isinstance(message, dict) else None
+        said = message if isinstance(message, dict) else {}
+        who, what = ("role", "content") if said.get("from") is None else ("from", "value")
+        speaker = said.get(who)
         role = SPEAKERS.get(speaker.casefold()) if isinstance(speaker, str) else None
         if role == "tool" or (role and (message.get("tool_calls") or message.get("function_call"))):
             raise Drop("tool calls")
@@ -1091,10 +1092,10 @@ PREFERENCES = {
 LABELLED = {f"{name} with labels (KTO)": (*keys, "label") for name, keys in CONVERSATIONS.items()}
 OURS = ("messages", "prompt, chosen, rejected", "chosen, rejected")     # which nobody needs to be told of
 SYSTEM, MORE = ("system", "system_prompt"), ("input", "context")    # columns of a system message; of more of a question
-HAVE_MEANING = {*SYSTEM, *MORE, "weight", "label", "role", "content", "from", "value", "tool_calls", "function_call"}
+IN_MESSAGES = {"role", "content", "from", "value", "weight", "tool_calls", "function_call", "messages"}
+EMPTY = (None, "", [], {})      # values that say nothing
 HINTS = {"message_tree_id": "OASST? write oasst1:PATH", "completions": "UltraFeedback? write ultrafeedback:PATH",
-         "chosen": "preferences? add --pairs, or use dpo.py", "preferred_output": "preferences? use dpo.py",
-         **{keys[0]: "conversations? use sft.py" for keys in CONVERSATIONS.values()}}
+         "chosen": "preferences? add --pairs, or use dpo.py", "preferred_output": "preferences? use dpo.py"}
 
 
 def layout_of(row: dict, layouts: dict[str, tuple[str, ...]]) -> str | None:
@@ -1113,29 +1114,34 @@ def read_layout(row: dict, layouts: dict[str, tuple[str, ...]], count: Count) ->
         want(row, *first)
     if (name := layout_of(row, layouts)) is None:
         wanted = ", or ".join(" and ".join(keys) for keys in layouts.values() if "label" not in keys)
-        hint = next((f"  ({HINTS[key]})" for key in HINTS if key in row and key not in first), "")
-        raise wrong_keys(row, wanted + hint)
-    keys = [key for key in layouts[name] if key != "label"]
+        hints = [hint for key, hint in HINTS.items() if key in row and key not in chain(*layouts.values())]
+        hints += ["conversations? use sft.py, and PATH alone"] * bool(layout_of(row, CONVERSATIONS))
+        raise wrong_keys(row, wanted + "".join(f"  ({hint})" for hint in hints[:1]))
+    keys = ["prompt"] * (name == "chosen, rejected") + [key for key in layouts[name] if key != "label"]
     count.notes[f"read as {name}"] += name not in OURS
-    count.unused.update(unused(row, HAVE_MEANING | set(keys)))
+    more = MORE if len(keys) > 1 and isinstance(row.get(keys[0]), str) else ()
+    count.unused.update(unused(row, {*SYSTEM, *more, *keys, "weight", *(["label"] if name not in PREFERENCES else [])}))
     if not is_yes(row, "weight"):
         raise Drop("its weight is 0")
     if len(keys) == 1:
         talks = [as_messages(row[keys[0]], keys[0])]
     else:
-        prompt, replies = answered(row, *(keys if keys[0] != "chosen" else ("prompt", *keys)))
+        prompt, replies = answered(row, *keys)
         # a prompt is not learnt, even where the assistant speaks in it: so it is in TRL
         prompt = [m | {"weight": 0} if m["role"] == "assistant" else m for m in prompt]
         talks = [prompt + reply for reply in replies]
-    system = [{"role": "system", "content": as_text(row[key], key)} for key in SYSTEM if row.get(key)]
+    system = [{"role": "system", "content": as_text(row[key], key)} for key in SYSTEM if row.get(key) not in EMPTY]
     return [[m for m in system if m["content"] and m not in talk] + talk for talk in talks]
 
 
 def unused(row: dict, known: set[str]) -> set[str]:
-    """The keys of a row, and of the messages in it, that have no meaning here. An empty value says nothing."""
-    inner = (m for key in known if isinstance(row.get(key), list) for m in row[key] if isinstance(m, dict))
-    return {f"{excerpt(key)[:40]}{where}" for part, where in chain([(row, "")], ((m, " of a message") for m in inner))
-            for key, value in part.items() if key not in known and value not in (None, "", [], {})}
+    """The keys of a row, and of the messages in it, that have no meaning here."""
+    inner = [row.get(key) for key in known]
+    for value in inner:     # which grows as it goes
+        inner += value if isinstance(value, list) else [value.get("messages")] if isinstance(value, dict) else []
+    parts = [(row, known, ""), *((m, IN_MESSAGES, " of a message") for m in inner if isinstance(m, dict))]
+    return {f"{excerpt(key)[:40]}{where}" for part, known, where in parts
+            for key, value in part.items() if key not in known and value not in EMPTY}
 
 
 def answered(row: dict, ask: str, *replies: str) -> tuple[Conversation, list[Conversation]]:
@@ -1145,7 +1151,7 @@ def answered(row: dict, ask: str, *replies: str) -> tuple[Conversation, list[Con
     """
     prompt, texts = row.get(ask), [row[key] for key in replies]
     if isinstance(prompt, str):
-        prompt = "\n\n".join(as_text(row[key], key) for key in (ask, *MORE) if row.get(key))
+        prompt = "\n\n".join(as_text(row[key], key) for key in dict.fromkeys((ask, *MORE)) if row.get(key) not in EMPTY)
         again = re.compile(re.escape(prompt) + r"\s")     # of three words at least: "Hi there" may be a reply to "Hi"
         if len(prompt.split()) > 2 and all(isinstance(text, str) and again.match(text.lstrip()) for text in texts):
             texts = [text.lstrip()[len(prompt):] for text in texts]
@@ -1166,9 +1172,9 @@ def as_turns(value: Any, key: str, role: str) -> Conversation:
     """Messages, also in an object as OpenAI has them; one message; a transcript; or a text of this role."""
     if isinstance(value, dict):
         value = value.get("messages", [value])
-    if not isinstance(value, str):
+    if isinstance(value, list):
         return as_messages(value, key)
-    text = as_text(value, key)
+    text = as_text("" if value is None else value, key)
     opening, turns = turns_of(text)
     return turns if not opening and len({turn["role"] for turn in turns}) == 2 else [{"role": role, "content": text}]
 
@@ -1202,6 +1208,8 @@ def read_preferences(rows: Iterable[FileRow], count: Count, language: str) -> It
         talk, *worse = read_layout(row, PREFERENCES | LABELLED, count)
         if worse:
             return preference(talk, *worse)
+        if row["label"] is None:
+            raise Drop("no label")
         if not talk or talk[-1]["role"] != "assistant":
             raise Drop("no reply at the end")
         labelled[json.dumps(talk[:-1])][is_yes(row, "label")].append(talk[-1]["content"])

@@ -611,6 +611,34 @@ def test_the_report_says_what_was_read_and_what_was_not_used(tmp_path, capsys):
     assert all(key in report for key in ("read as Alpaca", "category", "reasoning_content"))
 
 
+def test_a_key_that_is_not_used_is_named_though_it_has_a_meaning_elsewhere(tmp_path):
+    rows = [CHAT | {"context": "a book"}, {"messages": [user("So?") | {"context": "x", "label": 1}, assistant("Yes")]},
+            {"prompt": [user("Ho?")], "completion": "Yes", "input": "more", "role": "x"}]
+    assert load_messages(tmp_path, *rows).report.unused == {
+        "context": 1, "context of a message": 1, "label of a message": 1, "input": 1, "role": 1}
+    talk = {"messages": [user("Hi")], "tools": [{"type": "function"}]}
+    rows = [{"prompt": "Hi", "chosen": "Hello", "rejected": "No", "label": False, "input": "you"},
+            {"chosen": [user("Hi"), assistant("Hm")], "rejected": [user("Hi"), assistant("No")], "input": "you"},
+            {"input": talk, "preferred_output": [assistant("Yes")], "non_preferred_output": [assistant("No")]}]
+    assert load_preferences(tmp_path, *rows).report.unused == {"label": 1, "input": 1, "tools of a message": 1}
+
+
+def test_null_is_as_good_as_no_key_and_as_no_text(tmp_path):
+    """A table has every column in every row; and what is no text, 0 as well, is not taken for none."""
+    none = {"from": None, "value": None}
+    rows = [{"messages": [user("Hi") | none, assistant("Hello") | none]},
+            {"messages": [{"from": "human", "value": "Hi", "role": None, "content": None},
+                          {"from": "gpt", "value": "Welcome", "role": None, "content": None}]},
+            {"instruction": "Hi", "input": None, "output": None}]
+    loaded = load_messages(tmp_path, *rows)
+    assert texts(loaded) == [("Hi", "Hello"), ("Hi", "Welcome")] and loaded.report.dropped == {"empty message": 1}
+    loaded = load_preferences(tmp_path, *({"prompt": "Hi", "chosen": "Hello", "rejected": r} for r in (None, "No")))
+    assert len(loaded.train) == 1 and loaded.report.dropped == {"empty reply": 1}
+    assert "output is a number, wanted a string" in failure([{"instruction": "Hi", "output": 4}], tmp_path)
+    assert "input is a number" in failure([{"instruction": "Hi", "input": 0, "output": "Hello"}], tmp_path)
+    assert "system is a number" in failure([CHAT | {"system": 0}], tmp_path)
+
+
 @pytest.mark.parametrize(("message", "reason"), [
     ({"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}, "tool calls"),
     ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "tool calls"),
@@ -655,6 +683,7 @@ def test_preferences_as_people_have_them(tmp_path):
                         ({"instruction": "Hi", "input": "you"} | sides, ("Hi\n\nyou",)),
                         ({"prompt": "Say it now", "chosen": "Say it now Hello", "rejected": "Say it now\nNo"},
                          ("Say it now",)),
+                        ({"input": "Hi", "preferred_output": "Hello", "non_preferred_output": "No"}, ("Hi",)),
                         ({"prompt": "Hi", "chosen": [*empty, assistant("Hello")],
                           "rejected": [*empty, assistant("No")]}, ("Hi",))]:    # and no empty header
         assert pair_texts(load_preferences(tmp_path, row)) == [(prompt, "Hello", "No")]
@@ -673,6 +702,12 @@ def test_a_guess_that_fails_is_the_formats_fault(tmp_path):
         data.load_rows([write(tmp_path / "text.jsonl", [{"text": "x"}])])
     with pytest.raises(ValueError, match=r"UltraFeedback\? write ultrafeedback:PATH"):
         data.load_pairs([write(tmp_path / "ultra.jsonl", [ultrafeedback()])])
+    halves = [{"instruction": "Hi", "answer": "x"}, {"question": "Hi", "answers": []}]  # sft.py need not be told of it
+    assert all("use sft.py" not in failure([row], tmp_path) for row in halves)
+    with pytest.raises(ValueError, match=r"conversations\? use sft\.py"):
+        data.load_pairs([write(tmp_path / "replies.jsonl", [{"prompt": "Hi", "completion": "Hello"}])])
+    with pytest.raises(ValueError, match=r"keys found: question, response_j, response_k;[^?]*$"):
+        data.load_pairs([write(tmp_path / "other.jsonl", [{"question": "Hi", "response_j": "x", "response_k": "y"}])])
 
 
 def test_labels_become_pairs_where_one_prompt_has_both(tmp_path):
@@ -688,6 +723,9 @@ def test_labels_become_pairs_where_one_prompt_has_both(tmp_path):
                                      "identical replies": 3, "the same pair was read before": 1}
     assert loaded.report.notes == {"read as prompt, completion with labels (KTO)": 5,
                                    "read as messages with labels (KTO)": 3}
+    some = [{"prompt": "Hi", "completion": str(label), "label": label} for label in (True, False, None)]
+    loaded = load_preferences(tmp_path, *some)
+    assert pair_texts(loaded) == [(("Hi",), "True", "False")] and loaded.report.dropped == {"no label": 1}
     many = [{"prompt": "Hi", "completion": str(i), "label": i % 2} for i in range(80)]
     loaded = load_preferences(tmp_path, *many)
     assert loaded.report.kept == 32 * 32 and loaded.report.dropped == {"beyond 32 replies of a label": 16}
