@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import glob
 import gzip
 import hashlib
 import heapq
@@ -979,9 +980,8 @@ def as_messages(value: Any, key: str) -> Conversation:
         raise BadRow("wrong type", f"{key} is {kind(value) if value != [] else 'empty'}, wanted a list of messages")
     messages = []
     for message in value:
-        said = message if isinstance(message, dict) else {}
-        who, what = ("role", "content") if said.get("from") is None else ("from", "value")
-        speaker = said.get(who)
+        who, what = ("from", "value") if isinstance(message, dict) and message.get("from") else ("role", "content")
+        speaker = message.get(who) if isinstance(message, dict) else None
         role = SPEAKERS.get(speaker.casefold()) if isinstance(speaker, str) else None
         if role == "tool" or (role and (message.get("tool_calls") or message.get("function_call"))):
             raise Drop("tool calls")
@@ -1014,10 +1014,8 @@ def as_text(value: Any, key: str) -> str:
 def is_yes(row: dict, key: str) -> bool:
     """What a label or a weight says; where there is none, yes."""
     value = row.get(key)
-    if value is None:
-        return True
-    if isinstance(value, bool | int | float) and value in (0, 1):
-        return bool(value)
+    if value is None or (isinstance(value, bool | int | float) and value in (0, 1)):
+        return value != 0
     raise BadRow(f"no such {key}", f"{key} is {excerpt(value)}, wanted 0 or 1, false or true")
 
 
@@ -1109,9 +1107,7 @@ def layout_of(row: dict, layouts: dict[str, tuple[str, ...]]) -> str | None:
 
 def read_layout(row: dict, layouts: dict[str, tuple[str, ...]], count: Count) -> list[Conversation]:
     """The conversation of a row, or both of a pair. Which layout it has, and what is not used of it, is counted."""
-    first, *_ = layouts.values()
-    if not isinstance(row, dict):
-        want(row, *first)
+    want(row, *(() if isinstance(row, dict) else next(iter(layouts.values()))))
     if (name := layout_of(row, layouts)) is None:
         wanted = ", or ".join(" and ".join(keys) for keys in layouts.values() if "label" not in keys)
         hints = [hint for key, hint in HINTS.items() if key in row and key not in chain(*layouts.values())]
@@ -1119,8 +1115,8 @@ def read_layout(row: dict, layouts: dict[str, tuple[str, ...]], count: Count) ->
         raise wrong_keys(row, wanted + "".join(f"  ({hint})" for hint in hints[:1]))
     keys = ["prompt"] * (name == "chosen, rejected") + [key for key in layouts[name] if key != "label"]
     count.notes[f"read as {name}"] += name not in OURS
-    more = MORE if len(keys) > 1 and isinstance(row.get(keys[0]), str) else ()
-    count.unused.update(unused(row, {*SYSTEM, *more, *keys, "weight", *(["label"] if name not in PREFERENCES else [])}))
+    more = (*MORE * isinstance(row.get(keys[0]), str), "label" * (name not in PREFERENCES))
+    count.unused.update(unused(row, {*keys, *more, *SYSTEM, "weight"}))
     if not is_yes(row, "weight"):
         raise Drop("its weight is 0")
     if len(keys) == 1:
@@ -1149,7 +1145,7 @@ def answered(row: dict, ask: str, *replies: str) -> tuple[Conversation, list[Con
 
     Replies may repeat the prompt, or be whole conversations, of which a prompt that is text is part.
     """
-    prompt, texts = row.get(ask), [row[key] for key in replies]
+    prompt, texts = "" if row.get(ask) is None and len(replies) == 1 else row.get(ask), [row[key] for key in replies]
     if isinstance(prompt, str):
         prompt = "\n\n".join(as_text(row[key], key) for key in dict.fromkeys((ask, *MORE)) if row.get(key) not in EMPTY)
         again = re.compile(re.escape(prompt) + r"\s")     # of three words at least: "Hi there" may be a reply to "Hi"
@@ -1208,10 +1204,8 @@ def read_preferences(rows: Iterable[FileRow], count: Count, language: str) -> It
         talk, *worse = read_layout(row, PREFERENCES | LABELLED, count)
         if worse:
             return preference(talk, *worse)
-        if row["label"] is None:
-            raise Drop("no label")
-        if not talk or talk[-1]["role"] != "assistant":
-            raise Drop("no reply at the end")
+        if row["label"] is None or not talk or talk[-1]["role"] != "assistant":
+            raise Drop("no label" if row["label"] is None else "no reply at the end")
         labelled[json.dumps(talk[:-1])][is_yes(row, "label")].append(talk[-1]["content"])
 
     yield from filter(None, rows_read(rows, read_one, count))
@@ -1461,7 +1455,7 @@ PATIENCE = 10                               # seconds that the Hub has to answer
 def parse_spec(spec: str) -> tuple[str, Path | None, float]:
     """NAME, NAME:PATH or PATH, with an optional #SPLIT and @WEIGHT -> (name, path with its split or None, weight)."""
     source, weight = spec, 1.0
-    if match := re.fullmatch(r"(.+)@(\d{1,9}(?:\.\d{,9})?)", spec, re.DOTALL):
+    if (match := re.fullmatch(r"(.+)@(\d{1,9}(?:\.\d{,9})?)", spec, re.DOTALL)) and not os.path.exists(spec):
         source, weight = match[1], float(match[2])
         if not 0 < weight <= 100:
             raise ValueError(f"the weight of {excerpt(spec)!r} must be a number above 0 and at most 100")
@@ -1498,7 +1492,7 @@ def open_spec(name: str, path: Path | None, notes: Counter) -> Iterator[FileRow]
     (path, split), data_set = find_rows(name, path), DATA_SETS[name]
     if path is None:
         return hub_rows(name, data_set, split, notes)
-    if path.is_dir() or path.suffix in TABLES:
+    if path.is_dir() or path.suffix.lower() in TABLES:
         return folder_rows(path, data_set, split, notes)
     return watched(file_rows(path), f"reading {visible(str(path))[:200]}", size_unpacked(path),
                    lambda row: len(row[1]) if isinstance(row[1], bytes) else 0)
@@ -1510,13 +1504,13 @@ def find_rows(name: str, path: Path | None) -> tuple[Path | None, str]:
     with suppress(OSError, ValueError):     # a name that no file can have
         if path and "#" in path.name and not path.exists():
             whole, _, split = str(path).rpartition("#")
-            path = Path(whole) if whole else None
+            path = Path(whole) if whole or name == "jsonl" else None
         path = path or DATA_SETS[name].file
         if path is None:
             return None, split
         folder, file = path.is_dir() and path != Path(), path.is_file()
     shown = visible(str(path))[:200]
-    if file and split and path.suffix not in TABLES:
+    if file and split and path.suffix.lower() not in TABLES:
         raise ValueError(f"{shown} is a file and has no splits, so #{visible(split)[:80]} means nothing")
     if folder or file:
         return path, split
@@ -1543,7 +1537,8 @@ def not_found(path: Path) -> FileNotFoundError:
     else:
         what = f"no data set and no file is called {shown!r} (in {Path.cwd()})"
         near = difflib.get_close_matches(str(path), DATA_SETS, n=1) or near
-    return FileNotFoundError(f"{what}\n" + (f"Did you mean {near[0]}?  " if near else "") + known + makes)
+    means = "".join(f"Did you mean {n}?  " for n in near if n != str(path))     # which a broken link is
+    return FileNotFoundError(f"{what}\n{means}{known}{makes}")
 
 
 def file_rows(path: Path) -> Iterator[FileRow]:
@@ -1594,12 +1589,13 @@ def size_unpacked(path: Path) -> int:
 def one_value(file: IO[bytes], shown: str) -> list | None:
     """The rows of a file that is one JSON list, or one object over many lines; None if it goes by lines."""
     with suppress(OSError, EOFError, zlib.error):   # what cannot be read is told of line by line
-        first = next((line for line in iter(lambda: file.readline(LONGEST_LINE), b"") if line.strip(BLANK)), b"")
+        lines = (line for line in iter(lambda: file.readline(LONGEST_LINE), b"") if line.strip(BLANK))
+        first, *others = [*islice(lines, 4)] or [b""]
         file.seek(0)
         begin, row = first.lstrip(BLANK)[:1], parse_json(first)
-        if isinstance(row, dict) or begin not in (b"[", b"{"):
+        if isinstance(row, dict) or not first:
             return None
-        text = file.read(LONGEST_FILE)
+        text = file.read(LONGEST_FILE) if begin in (b"[", b"{") else first
         file.seek(0)
         if len(text) == LONGEST_FILE and begin == b"[":
             raise ValueError(f"{shown} is one JSON list of {LONGEST_FILE >> 20:,} MiB or more. As JSONL it is read:\n"
@@ -1613,6 +1609,9 @@ def one_value(file: IO[bytes], shown: str) -> list | None:
             case BadRow() as bad if isinstance(row, BadRow) and begin == b"[":
                 raise ValueError(f"{shown} begins as a JSON list and is none: {bad.args[1]}\n"
                                  "Mend it, or fetch it once more if a download broke off")
+            case BadRow() if all(isinstance(line, BadRow) for line in (row, *map(parse_json, others))):
+                raise ValueError(f"{shown}:1: {row.args[1]}\n  the row: {excerpt(first)}\nNor are the next lines. "
+                                 "Make it JSONL, also gzipped, or name it what it is: .csv, .parquet or .arrow")
     return None
 
 
@@ -1647,29 +1646,35 @@ def folder_rows(path: Path, data_set: DataSet, split: str, notes: Counter) -> It
     """The rows of a folder (or of a table's file) as `load_dataset` reads it, of one split or of all."""
     import datasets
 
-    source = visible(str(path))[:200]
+    source, files = visible(str(path))[:200], [*path.rglob("*")] if path.is_dir() else [path]
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # its errors are told below
-    refuse_pointers(*(path.rglob("*") if path.is_dir() else [path]))
+    refuse_pointers(*files)
+    if path.is_dir() and glob.has_magic(str(path.absolute())):
+        raise ValueError(f"{source}: load_dataset takes *, ? and [ in a folder's name for a pattern, so rename it")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         if path.is_file():
-            splits = datasets.load_dataset(path.suffix[1:], data_files=str(path))
+            kind, words = path.suffix[1:].lower(), {"keep_default_na": False, "na_values": [""]}    # NA, None are words
+            splits = datasets.load_dataset(kind, data_files=glob.escape(str(path)), **(words if kind == "csv" else {}))
         else:
             configs = datasets.get_dataset_config_names(str(path))
             splits = datasets.load_dataset(str(path), data_set.config if data_set.config in configs else None)
     except Exception as error:      # anything at all, for anything at all may lie in a folder
         raise ValueError(f"{source}: load_dataset cannot read it.\n"
-                         "Wanted a folder of parquet or JSON files that share their columns") from error
+                         "Wanted parquet or JSON files that share their columns, or the name of one file") from error
     if split and split not in splits:
         raise ValueError(f"{source} has no split {visible(split)[:80]!r}; it has {', '.join(splits)}")
     for name in [split] if split else splits:
-        table = splits[name]
-        if len(splits) > 1:     # some data sets have the same rows in several
-            notes[f"rows of the split {name}"] += len(table)
+        table, kind = splits[name], splits[name].info.builder_name
+        notes["files that are not of the folder's main kind, not read"] = sum(
+            f.suffix not in (f".{kind}", f".{kind}l") for f in files if f.suffix in (*TABLES, ".json", ".jsonl"))
+        notes[f"rows of the split {name}"] += len(table) * (len(splits) > 1)    # some have the same in several
         columns = [column for column in data_set.columns or () if column in table.column_names]
         table = (table.select_columns(columns) if columns else table).with_format("arrow")
-        rows = chain.from_iterable(batch.to_pylist() for batch in table.iter(batch_size=1000))
+        mixed = datasets.Features({key: of for key, of in table.features.items() if "Json(" in repr(of)})
+        rows = (row | mixed.decode_example({key: row[key] for key in mixed})    # else text comes with JSON's quotes
+                for batch in table.iter(batch_size=1000) for row in batch.to_pylist())
         rows = ((f"{source} {name} row {number}", row, row) for number, row in enumerate(rows, 1))
         yield from watched(rows, f"reading {source} {name}", len(table), lambda row: 1)
 

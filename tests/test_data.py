@@ -530,6 +530,63 @@ def test_a_pointer_of_git_lfs_is_called_by_its_name(tmp_path):
         data.load_rows([f"smoltalk:{tmp_path / 'folder'}"])
 
 
+@pytest.mark.parametrize("content", [
+    "\n".join(json.dumps(chat, indent=1) for chat in (CHAT, OTHER)).encode(), json.dumps(CHAT).encode("utf-16"),
+    b"a\tb\nc\td\n", b"(\xb5/\xfd\x04X\x00\x00", b"PAR1\x15\x04\x88\n\x15", gzip.compress(b"question,answer\nHi,No\n")])
+def test_a_file_that_is_no_json_is_the_formats_fault(tmp_path, content):
+    """Several objects over many lines, UTF-16, tables, what is packed otherwise: not rows to mend or to leave out."""
+    path = tmp_path / "chats.jsonl"
+    path.write_bytes(content)
+    for bad_rows in ("error", "skip"):
+        with pytest.raises(ValueError, match=r"chats\.jsonl:1: not (JSON|UTF-8)") as error:
+            data.load_rows([str(path)], data.Reading(bad_rows=bad_rows))
+        assert "Make it JSONL" in str(error.value) and "--bad-rows" not in str(error.value)
+    path.write_bytes(b"// one\n# two\n" + json.dumps(CHAT).encode() + b"\n" + json.dumps(OTHER).encode())
+    assert data.load_rows([str(path)], data.Reading(bad_rows="skip")).report.kept == 2
+
+
+def test_words_and_blanks_of_a_table(tmp_path):
+    """None and NA are answers, a blank cell is none, and .CSV is .csv."""
+    (tmp_path / "asked.CSV").write_text("question,context,answer\nWho?,,None\nWhere?,a map,NA\nHow?,,\n,Hi,Hello\n")
+    loaded = data.load_rows([str(tmp_path / "asked.CSV")], data.Reading(val_fraction=0))
+    assert texts(loaded) == [("Who?", "None"), ("Where?\n\na map", "NA"), ("Hi", "Hello")]
+    assert loaded.report.dropped == {"empty message": 1}
+
+
+def test_a_name_is_no_pattern(tmp_path, monkeypatch):
+    """What glob, a weight and a split would make of a name goes behind what is there."""
+    monkeypatch.chdir(tmp_path)
+    for name, reply in (("a[b].csv", "right"), ("ab.csv", "wrong"), ("a?.csv", "right"), ("c@2.csv", "right")):
+        Path(name).write_text(f"question,answer\nHi,{reply}\n")
+    Path("c@2.csv").rename("c@2")
+    Path("c@2").write_text(json.dumps(CHAT))
+    for name in ("a[b].csv", "a?.csv"):
+        assert texts(data.load_rows([name], data.Reading(val_fraction=0))) == [("Hi", "right")]
+    assert len(data.load_rows(["c@2"], data.Reading(val_fraction=0)).train) == 1
+    assert len(data.load_rows(["c@2@3"], data.Reading(val_fraction=0)).train) == 3
+    for name in ("d[e]", "de"):
+        Path(name).mkdir()
+        write(Path(name, "train.jsonl"), [CHAT])
+    with pytest.raises(ValueError, match=r"d\[e\]: load_dataset takes .* for a pattern"):
+        data.load_rows(["d[e]"])
+    Path("broken.jsonl").symlink_to("nowhere")
+    for name in ("broken.jsonl", "#train"):
+        with pytest.raises(FileNotFoundError, match=r"no file is called") as error:
+            data.load_rows([name])
+        assert "Did you mean" not in str(error.value)
+
+
+def test_a_folder_whose_rows_differ_is_read_as_its_files_are(tmp_path):
+    """load_dataset keeps a column of several types as JSON; and it reads files of one kind only, which is said."""
+    parts = [user([{"type": "text", "text": "Ho"}]), assistant("Hello")]
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "train.jsonl", [CHAT, {"messages": parts}])
+    (tmp_path / "folder" / "more.csv").write_text("question,answer\nHi,Hello\n")
+    loaded = data.load_rows([str(tmp_path / "folder")], data.Reading(val_fraction=0))
+    assert texts(loaded) == [("Hi", "Hello"), ("Ho", "Hello")]
+    assert loaded.report.notes == {"files that are not of the folder's main kind, not read": 1}
+
+
 def test_a_table_of_commas(tmp_path, hub_folder):
     rows = 'instruction,input,output\n"Name a colour, please.",,Green.\nCount.,a b,Two.\n'
     (tmp_path / "alpaca.csv").write_text(rows)
@@ -629,9 +686,10 @@ def test_null_is_as_good_as_no_key_and_as_no_text(tmp_path):
     rows = [{"messages": [user("Hi") | none, assistant("Hello") | none]},
             {"messages": [{"from": "human", "value": "Hi", "role": None, "content": None},
                           {"from": "gpt", "value": "Welcome", "role": None, "content": None}]},
-            {"instruction": "Hi", "input": None, "output": None}]
+            {"instruction": "Hi", "input": None, "output": None}, {"instruction": None, "input": "Ho", "output": "Yes"}]
     loaded = load_messages(tmp_path, *rows)
-    assert texts(loaded) == [("Hi", "Hello"), ("Hi", "Welcome")] and loaded.report.dropped == {"empty message": 1}
+    assert texts(loaded) == [("Hi", "Hello"), ("Hi", "Welcome"), ("Ho", "Yes")]
+    assert loaded.report.dropped == {"empty message": 1}
     loaded = load_preferences(tmp_path, *({"prompt": "Hi", "chosen": "Hello", "rejected": r} for r in (None, "No")))
     assert len(loaded.train) == 1 and loaded.report.dropped == {"empty reply": 1}
     assert "output is a number, wanted a string" in failure([{"instruction": "Hi", "output": 4}], tmp_path)
