@@ -218,7 +218,7 @@ def load_adapters(model: nn.Module, folder: str | Path) -> None:
         if tensors[key].shape != shapes[key]:
             raise ValueError(f"'{folder}': {key} has shape {tuple(tensors[key].shape)}, this model needs {shapes[key]}"
                              + trained_on)
-        if not tensors[key].isfinite().all():
+        if not (alpha[key.rpartition(".")[0]] * tensors[key].float()).isfinite().all():
             raise ValueError(f"'{folder}': {key} of this adapter has numbers that are not finite: it is of no use")
     model.requires_grad_(False)
     for name in names:
@@ -238,6 +238,8 @@ def _read_peft(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """The settings and the tensors of a folder, as PEFT wrote them."""
     try:
         about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if about["peft_type"] not in PLAIN["peft_type"]:     # the others have no r
+            raise ValueError(f"peft_type = {about['peft_type']!r} is not plain LoRA, which is all that is read here")
         int(about["r"]), float(about["lora_alpha"])
         return about, load_file(folder / "adapter_model.safetensors")
     except FileNotFoundError as error:

@@ -478,7 +478,8 @@ def edit_weights(folder, change) -> None:
 
 
 @pytest.mark.parametrize("settings", [
-    {"peft_type": "LOHA"}, {"bias": "all"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"lora_bias": True},
+    {"peft_type": "LOHA"}, {"peft_type": "IA3", "r": None}, {"bias": "all"}, {"use_dora": True},
+    {"modules_to_save": ["lm_head"]}, {"lora_bias": True},
     *({"init_lora_weights": name} for name in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga")),
     {"trainable_token_indices": [0]}, {"alora_invocation_tokens": [1]}, {"target_parameters": ["wte.weight"]},
     {"layer_replication": [[0, 1]]}, {"use_qalora": True}, {"velora_config": {"rank": 1}}, {"of_next_year": 0.5}])
@@ -544,6 +545,12 @@ PREFIX = "base_model.model.transformer.h.0.attn.c_attn."
 def test_tensors_that_do_not_fit_the_model_are_refused(folder, change, message):
     edit_weights(folder, change)
     refused(folder, ValueError, message)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 1e39])
+def test_an_adapter_is_finite_as_it_is_applied(folder, alpha):
+    edit_config(folder, lora_alpha=alpha)
+    refused(folder, ValueError, "adapter has numbers that are not finite")
 
 
 def test_adapters_are_not_loaded_over_adapters(folder):
