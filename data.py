@@ -1107,7 +1107,8 @@ def layout_of(row: dict, layouts: dict[str, tuple[str, ...]]) -> str | None:
 
 def read_layout(row: dict, layouts: dict[str, tuple[str, ...]], count: Count) -> list[Conversation]:
     """The conversation of a row, or both of a pair. Which layout it has, and what is not used of it, is counted."""
-    want(row, *(() if isinstance(row, dict) else next(iter(layouts.values()))))
+    if not isinstance(row, dict):
+        want(row, *next(iter(layouts.values())))
     if (name := layout_of(row, layouts)) is None:
         wanted = ", or ".join(" and ".join(keys) for keys in layouts.values() if "label" not in keys)
         hints = [hint for key, hint in HINTS.items() if key in row and key not in chain(*layouts.values())]
@@ -1115,8 +1116,9 @@ def read_layout(row: dict, layouts: dict[str, tuple[str, ...]], count: Count) ->
         raise wrong_keys(row, wanted + "".join(f"  ({hint})" for hint in hints[:1]))
     keys = ["prompt"] * (name == "chosen, rejected") + [key for key in layouts[name] if key != "label"]
     count.notes[f"read as {name}"] += name not in OURS
-    more = (*MORE * isinstance(row.get(keys[0]), str), "label" * (name not in PREFERENCES))
-    count.unused.update(unused(row, {*keys, *more, *SYSTEM, "weight"}))
+    more = MORE if isinstance(row.get(keys[0]), str) else ()
+    label = () if name in PREFERENCES else ("label",)
+    count.unused.update(unused(row, {*keys, *more, *label, *SYSTEM, "weight"}))
     if not is_yes(row, "weight"):
         raise Drop("its weight is 0")
     if len(keys) == 1:
@@ -1145,7 +1147,9 @@ def answered(row: dict, ask: str, *replies: str) -> tuple[Conversation, list[Con
 
     Replies may repeat the prompt, or be whole conversations, of which a prompt that is text is part.
     """
-    prompt, texts = "" if row.get(ask) is None and len(replies) == 1 else row.get(ask), [row[key] for key in replies]
+    prompt, texts = row.get(ask), [row[key] for key in replies]
+    if prompt is None and len(replies) == 1:
+        prompt = ""     # what is asked may stand in `input` alone
     if isinstance(prompt, str):
         prompt = "\n\n".join(as_text(row[key], key) for key in dict.fromkeys((ask, *MORE)) if row.get(key) not in EMPTY)
         again = re.compile(re.escape(prompt) + r"\s")     # of three words at least: "Hi there" may be a reply to "Hi"
@@ -1204,8 +1208,10 @@ def read_preferences(rows: Iterable[FileRow], count: Count, language: str) -> It
         talk, *worse = read_layout(row, PREFERENCES | LABELLED, count)
         if worse:
             return preference(talk, *worse)
-        if row["label"] is None or not talk or talk[-1]["role"] != "assistant":
-            raise Drop("no label" if row["label"] is None else "no reply at the end")
+        if row["label"] is None:
+            raise Drop("no label")
+        if not talk or talk[-1]["role"] != "assistant":
+            raise Drop("no reply at the end")
         labelled[json.dumps(talk[:-1])][is_yes(row, "label")].append(talk[-1]["content"])
 
     yield from filter(None, rows_read(rows, read_one, count))
