@@ -87,7 +87,7 @@ def check(cfg: Config) -> None:
         if value is not None and not low <= value <= high:
             upwards = f" to {high}" if high < 2**62 else " or more" + ", and at most 2^62" * (high == 2**62)
             raise ValueError(f"{name} is {value}; it has to be {low}{upwards}")
-    if cfg.blind and (len(set(cfg.blind)) != 2 or cfg.model or cfg.compare):
+    if cfg.blind and (len(set(map(Path, cfg.blind))) != 2 or cfg.model or cfg.compare):
         raise ValueError("--blind takes two models and stands for --model: --blind runs/sft runs/dpo")
     if cfg.prompts and not cfg.blind:
         raise ValueError("--prompts has the questions of a blind comparison: --blind runs/sft runs/dpo --prompts FILE")
@@ -105,9 +105,11 @@ def main(cfg: Config) -> None:
     cfg, screen = replace(cfg, system=os.fsencode(cfg.system).decode("utf-8", "replace")), Screen()
     first = cfg.model or (lora.base_of(cfg.adapter) if cfg.adapter else "")
     names = [*filter(None, [first]), *cfg.compare, *cfg.blind] or [newest_model()]
+    if cfg.blind:
+        what_stands_in(path := file_named(cfg.preferences), partial(pairs_in, path))  # before a vote is asked for
     if cfg.prompts:
         return examine(Session(cfg, screen, names), questions(Path(cfg.prompts)))
-    if cfg.prompt is None and not cfg.words and sys.stdin and sys.stdin.isatty() and screen.terminal:
+    if cfg.prompt is None and not cfg.words and sys.stdin.isatty() and screen.terminal:
         session = Session(cfg, screen, names)
         found = names[0] + ", the newest model here" if not (first or len(names) > 1) else ", ".join(names)
         found += f" (the first with {cfg.adapter})" if cfg.adapter else ""
@@ -116,15 +118,16 @@ def main(cfg: Config) -> None:
     if cfg.blind:
         raise ValueError("--blind asks what is typed at a terminal, or what stands in --prompts FILE")
     if not (text := single_prompt(cfg)):
-        raise ValueError("there is nothing to answer: the prompt is empty")
+        raise ValueError("there is nothing to answer: the prompt is empty"
+                         + " (words stand before --compare)" * bool(cfg.compare))
     Session(cfg, screen, names).answer_once(text)
 
 
 def single_prompt(cfg: Config) -> str:
     """--prompt alone; or the words of the command line, and behind them what a pipe brings."""
     parts = [os.fsencode(" ".join(cfg.words) if cfg.prompt is None else cfg.prompt)]  # the locale may not be UTF-8
-    typing = sys.stdin is not None and sys.stdin.isatty()
-    if cfg.prompt is None and sys.stdin and not (typing and cfg.words):
+    typing = sys.stdin.isatty()
+    if cfg.prompt is None and not (typing and cfg.words):
         if typing:
             print("Type the prompt, then Ctrl-D.", file=sys.stderr)  # as the reply goes to a file or a pipe
         parts.append(sys.stdin.buffer.read())
@@ -283,10 +286,12 @@ class Session:
 
     def handle(self, text: str) -> None:
         """One input: a command or a message."""
-        name, _, argument = text.strip().partition(" ")
+        name, argument = re.fullmatch(r"(\S*)\s*(.*)", text.strip(), re.DOTALL).groups()
         name, then, self.then = ALIASES.get(name, name), self.then, self.ask
         if name in COMMANDS:
-            COMMANDS[name](self, unquoted(argument.strip()))
+            if argument and usage(name)[0] == name:
+                raise ValueError(f"{name} stands alone, so nothing was done: '{data.excerpt(argument)}' stood behind it.")
+            COMMANDS[name](self, unquoted(argument))
         elif re.fullmatch(r"/\w+", name):
             close = difflib.get_close_matches(name, COMMANDS, n=1)
             raise ValueError(f"There is no command {name}{f'; did you mean {close[0]}?' if close else '.'} "
@@ -707,7 +712,7 @@ def load(session: Session, argument: str) -> None:
     The last of the file, or that of the line. Alone, with what an earlier chat left unsaved.
     """
     name, _, line = argument.rpartition(" ")
-    name, line = (name, int(line)) if name and line.isdecimal() else (argument, 0)
+    name, line = (name, int(line)) if name and line.isdecimal() and int(line) else (argument, 0)
     lost = session.unsaved.offered if not argument else []
     found = lost or read_conversations(file_named(name))
     if not found or line > len(found):
@@ -852,6 +857,7 @@ def vote(session: Session, word: str) -> None:
     if not (side := next((s for s in (*SIDES, "neither") if word.strip() and s.startswith(word.strip().lower())), "")):
         raise ValueError(f"'{word}' is no vote; it is left, right or neither.")
     left, right = session.choice
+    side = side if left != right else "neither"
     names = [chat.name for chat in session.chats] * (2 // len(session.chats))
     better, worse, in_order = (right, left, names[::-1]) if side == "right" else (left, right, names)
     tie = {"other": right[-1:]} if side == "neither" else {}
@@ -900,7 +906,10 @@ def examine(session: Session, asked: list[data.Conversation]) -> None:
             session.begin(system + messages)
             session.show()
             session.begin(system + messages[:-1])
-            session.ask(messages[-1]["content"])
+            try:
+                session.ask(messages[-1]["content"])
+            except ValueError as problem:  # it is too long; the others are asked
+                session.screen.say(str(problem), "error")
             while session.hidden:
                 try:
                     alike = session.choice[0] == session.choice[1]
@@ -940,16 +949,22 @@ def file_named(argument: str) -> Path:
     return path
 
 
+def what_stands_in(path: Path, count_rows: Callable[[], int]) -> bytes:
+    """The content of a file to which lines will be added; ValueError if it is of another kind."""
+    content = path.read_bytes() if path.exists() else b""
+    if content.strip(b" \t\r\n\xef\xbb\xbf"):
+        if path.suffix == ".json" or data.is_gzip(path):
+            raise ValueError(f"{path} takes no further lines; name a .jsonl file.")
+        count_rows()
+    return content
+
+
 def add_lines(path: Path, lines: str, count_rows: Callable[[], int]) -> int:
     """Add lines to a file of their kind and count its rows; whatever happens, what stands there stays as it is.
 
     They go to its end in one piece, so that two programs can add to one file; on a full disk, nothing is added.
     """
-    content = path.read_bytes() if path.exists() else b""
-    if content.strip(b" \t\r\n\xef\xbb\xbf"):
-        if path.suffix == ".json" or data.is_gzip(path):
-            raise ValueError(f"{path} takes no further lines; name a .jsonl file.")
-        count_rows()  # raises, rather than adding to a file of another kind
+    content = what_stands_in(path, count_rows)
     added = (lines if content[-1:] in (b"", b"\n") else "\n" + lines).encode()
     with path.open("ab", buffering=0) as file:
         end = file.tell()
@@ -1338,7 +1353,7 @@ def prompt_reader(session: Session) -> Callable[[], str]:
     @keys.add("enter", filter=~is_searching)  # Ctrl-R's search has an Enter and a Ctrl-C of its own
     def _(event):
         text = event.current_buffer.text
-        if re.match(r'(/\w+ +)?"""', text) and text.count('"""') % 2:
+        if re.match(r'(/\w+\s+)?"""', text) and text.count('"""') % 2:
             event.current_buffer.newline(copy_margin=False)
         elif event.current_buffer.document.text_before_cursor.endswith("\\"):
             event.current_buffer.delete_before_cursor()

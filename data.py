@@ -2305,6 +2305,9 @@ def _saved_config(path: str, config: type) -> dict:
 def run_script(main, config: type, presets: dict[str, dict] | None = None) -> None:
     """Run main(config from the command line); trouble becomes a few clear lines and exit code 2 (input) or 1 (run)."""
     debug = "--debug" in sys.argv
+    for name in ("stdin", "stdout", "stderr"):  # one that was closed is None, and its number would become a file's
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a locale that lacks a character must not end a run
     try:

@@ -204,8 +204,9 @@ def terminal(programs, greeting):
 @pytest.fixture(scope="session")
 def piped(folder):
     """Runs without a terminal, started side by side: {name: (exit code, standard output, standard error)}."""
-    def start(*args, given=None, cwd=folder, **env):
-        process = subprocess.Popen([*CHAT, *args], cwd=cwd, env=environment(folder, **env), stdin=subprocess.PIPE,
+    def start(*args, given=None, cwd=folder, closed="", **env):
+        through = ["sh", "-c", f'exec "$0" "$@" {closed}'] * bool(closed)
+        process = subprocess.Popen([*through, *CHAT, *args], cwd=cwd, env=environment(folder, **env), stdin=subprocess.PIPE,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if given is not None:
             process.stdin.write(given)
@@ -215,6 +216,7 @@ def piped(folder):
     (folder / "empty").mkdir()
     (folder / "asked.txt").write_bytes("\ufeffOne?\n\n  Two \x1b[31m?\r\nThree\x07?\nFour?\n".encode())
     (folder / "asked.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in (turns(2), turns(1))))
+    (folder / "long.txt").write_text("word " * 1500 + "\nOne?\n")
     processes = {
         "prompt": start("--prompt", "Hello", "--model", "runs/sft"),  # its standard input stays open: it must not wait
         "pipe": start("--model", "hostile", given="\ufeffhällo\nzwei\n".encode(), LC_ALL="POSIX", PYTHONUTF8="0",
@@ -229,6 +231,16 @@ def piped(folder):
                        "--max-new-tokens", "50", given=b"left\nr\nNEITHER\n"),
         "no vote": start("--blind", "runs/sft", "runs/dpo", "--prompts", "asked.jsonl", "--preferences", "no.jsonl",
                          "--max-new-tokens", "50", given=b"left\nboth\nright\n"),
+        "long question": start("--blind", "runs/sft", "runs/dpo", "--prompts", "long.txt", "--preferences", "long.jsonl",
+                               "--max-new-tokens", "50", given=b"left\n"),
+        "no one to vote": start("--blind", "runs/sft", "runs/dpo", "--prompts", "asked.txt", closed="<&-"),
+        "no output": start("Hello", "--model", "runs/sft", closed=">&-", given=b""),
+        "blind to one, twice": start("--blind", "runs/sft", "runs/sft/", "--prompts", "asked.txt", given=b"left\n"),
+        "votes of another kind": start("--blind", "runs/sft", "runs/dpo", "--prompts", "asked.txt", "--preferences",
+                                       "asked.jsonl", given=b"left\n"),
+        "votes into a folder": start("--blind", "runs/sft", "runs/dpo", "--prompts", "asked.txt", "--preferences", "runs",
+                                     given=b"left\n"),
+        "words behind": start("--compare", "runs/sft", "runs/dpo", "Hello", given=b""),
         "blind alone": start("--blind", "runs/sft", "runs/dpo", given=b"Hello"),
         "blind to one": start("--blind", "runs/sft", "runs/sft"),
         "no folder": start("--prompt", "Hello", "--preferences", "no/such/pairs.jsonl"),
@@ -1185,6 +1197,27 @@ def test_prefer_needs_two_replies_to_one_conversation(terminal):
     assert not (terminal.folder / "preferences.jsonl").exists()
 
 
+def test_of_two_equal_replies_none_wins(terminal):
+    terminal.say("/compare runs/sft")
+    terminal.say("/set max_new_tokens 5")
+    terminal.say("Hello")
+    shown = " ".join(terminal.say("/prefer right").split())
+    assert "(preferred: neither, they are the same;" in shown and "0 won, 0 lost, 1 tied" in shown
+
+
+def test_a_command_ends_at_any_white_space_and_takes_what_it_says(terminal):
+    terminal.say("/set\x1b\rmax_new_tokens 4")
+    assert "max_new_tokens 4" in " ".join(terminal.say("/set").split()).replace("  ", " ")
+    terminal.say("Hello")
+    before = terminal.messages()
+    for line in ("/new What is this?", "/undo 2", "/retry shorter", "/bye now"):
+        assert "stands alone, so nothing was done" in " ".join(terminal.say(line).split())
+    assert terminal.messages() == before
+    file = terminal.folder / "zero.jsonl"
+    file.write_text(json.dumps({"messages": turns(1)}) + "\n")
+    assert f"{file} 0" in "".join(terminal.say(f"/load {file} 0").split("\n")) and terminal.messages() == before
+
+
 def test_prefer_spoils_no_other_file(terminal):
     path = terminal.folder / "preferences.jsonl"
     for content in ("precious", json.dumps({"messages": turns(1)})):
@@ -1656,10 +1689,27 @@ def test_a_vote_that_is_none_ends_it_and_keeps_the_others(piped, folder):
     assert "> q1 word" in out and "> q0 word" in out  # what was said before is shown
 
 
+def test_a_question_that_is_too_long_leaves_the_others(piped, folder):
+    code, out, err = piped["long question"]
+    assert (code, err) == (0, "") and "Not sent: the message takes 1,507 tokens" in out and "2 of 2" in out
+    row, = (json.loads(line) for line in (folder / "long.jsonl").read_text().splitlines())
+    assert row["prompt"] == [{"role": "user", "content": "One?"}] and row["vote"] == "left"
+
+
+def test_closed_streams_are_empty_ones(piped):
+    code, out, err = piped["no one to vote"]
+    assert (code, err) == (0, "") and "1 of 4" in out and "2 of 4" not in out
+    assert piped["no output"] == (0, "", "")
+
+
 @pytest.mark.parametrize(("run", "said"), [("no model", "uv run sft.py"), ("wrong model", "no model in 'runs/sfd'"),
                                            ("empty pipe", "nothing to answer"), ("setting", "top_p is 2.0"),
                                            ("blind alone", "--prompts FILE"), ("blind to one", "--blind takes two"),
                                            ("no folder", "there is no folder no/such"),
+                                           ("blind to one, twice", "--blind takes two"),
+                                           ("votes of another kind", "asked.jsonl:1: keys found: messages"),
+                                           ("votes into a folder", "runs is not a file"),
+                                           ("words behind", "words stand before --compare"),
                                            ("no questions", "no file of questions 'nothing.txt'"),
                                            ("a model as a word", "uv run chat.py --model runs/sft")])
 def test_failures_are_short_and_say_what_next(piped, run, said):
