@@ -290,7 +290,7 @@ class Session:
         name, then, self.then = ALIASES.get(name, name), self.then, self.ask
         if name in COMMANDS:
             if argument and usage(name)[0] == name:
-                raise ValueError(f"{name} stands alone, so nothing was done: '{data.excerpt(argument)}' stood behind it.")
+                raise ValueError(f"{name} stands alone; nothing was done, as it came with '{data.excerpt(argument)}'.")
             COMMANDS[name](self, unquoted(argument))
         elif re.fullmatch(r"/\w+", name):
             close = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -2307,7 +2307,7 @@ def run_script(main, config: type, presets: dict[str, dict] | None = None) -> No
     debug = "--debug" in sys.argv
     for name in ("stdin", "stdout", "stderr"):  # one that was closed is None, and its number would become a file's
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r+"))
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a locale that lacks a character must not end a run
     try:

@@ -1143,8 +1143,9 @@ def own_files(folder: Path) -> list[Path]:
 def look_at_folder(folder: Path) -> None:
     """Refuse an --out that is no folder, or one with somebody else's files in the way of a run's."""
     other = "\nGive another folder: --out"
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is not a folder{other}")
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is not a folder{other}")
     if data.clean(str(folder)) != str(folder).strip():
         raise ValueError(f"--out {folder} is not UTF-8, which the names of models' files have to be{other}")
     try:
@@ -1689,7 +1690,7 @@ def compare(cfg: Compare) -> None:
     for folder in map(Path, cfg.runs):
         records = read_metrics(folder)
         if not records:
-            raise ValueError(f"'{folder}' has not come to its first step: its metrics.jsonl is empty")
+            raise ValueError(f"'{folder}' has not come to its first step: its metrics.jsonl holds none")
         newest = {k: v for record in records for k, v in record.items()}
         newest["peak_gigabytes"] = newest.get("peak_memory_bytes", 0) / 1e9
         try:

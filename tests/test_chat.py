@@ -206,8 +206,8 @@ def piped(folder):
     """Runs without a terminal, started side by side: {name: (exit code, standard output, standard error)}."""
     def start(*args, given=None, cwd=folder, closed="", **env):
         through = ["sh", "-c", f'exec "$0" "$@" {closed}'] * bool(closed)
-        process = subprocess.Popen([*through, *CHAT, *args], cwd=cwd, env=environment(folder, **env), stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen([*through, *CHAT, *args], cwd=cwd, env=environment(folder, **env),
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if given is not None:
             process.stdin.write(given)
             process.stdin.close()
@@ -231,15 +231,15 @@ def piped(folder):
                        "--max-new-tokens", "50", given=b"left\nr\nNEITHER\n"),
         "no vote": start("--blind", "runs/sft", "runs/dpo", "--prompts", "asked.jsonl", "--preferences", "no.jsonl",
                          "--max-new-tokens", "50", given=b"left\nboth\nright\n"),
-        "long question": start("--blind", "runs/sft", "runs/dpo", "--prompts", "long.txt", "--preferences", "long.jsonl",
-                               "--max-new-tokens", "50", given=b"left\n"),
+        "long question": start("--blind", "runs/sft", "runs/dpo", "--prompts", "long.txt", "--preferences",
+                               "long.jsonl", "--max-new-tokens", "50", given=b"left\n"),
         "no one to vote": start("--blind", "runs/sft", "runs/dpo", "--prompts", "asked.txt", closed="<&-"),
         "no output": start("Hello", "--model", "runs/sft", closed=">&-", given=b""),
         "blind to one, twice": start("--blind", "runs/sft", "runs/sft/", "--prompts", "asked.txt", given=b"left\n"),
         "votes of another kind": start("--blind", "runs/sft", "runs/dpo", "--prompts", "asked.txt", "--preferences",
                                        "asked.jsonl", given=b"left\n"),
-        "votes into a folder": start("--blind", "runs/sft", "runs/dpo", "--prompts", "asked.txt", "--preferences", "runs",
-                                     given=b"left\n"),
+        "votes into a folder": start("--blind", "runs/sft", "runs/dpo", "--prompts", "asked.txt", "--preferences",
+                                     "runs", given=b"left\n"),
         "words behind": start("--compare", "runs/sft", "runs/dpo", "Hello", given=b""),
         "blind alone": start("--blind", "runs/sft", "runs/dpo", given=b"Hello"),
         "blind to one": start("--blind", "runs/sft", "runs/sft"),
@@ -1211,7 +1211,7 @@ def test_a_command_ends_at_any_white_space_and_takes_what_it_says(terminal):
     terminal.say("Hello")
     before = terminal.messages()
     for line in ("/new What is this?", "/undo 2", "/retry shorter", "/bye now"):
-        assert "stands alone, so nothing was done" in " ".join(terminal.say(line).split())
+        assert "stands alone; nothing was done" in " ".join(terminal.say(line).split())
     assert terminal.messages() == before
     file = terminal.folder / "zero.jsonl"
     file.write_text(json.dumps({"messages": turns(1)}) + "\n")

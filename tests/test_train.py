@@ -655,6 +655,8 @@ def test_a_folder_whose_name_no_file_format_can_carry_is_refused_before_training
     (tmp_path / "a file").write_text("mine")
     with pytest.raises(NotADirectoryError, match=r"a file is not a folder.*\n.*--out"):
         sft.main(settings(out=str(tmp_path / "a file"), overwrite=True))
+    with pytest.raises(NotADirectoryError, match=r"a file is not a folder.*\n.*--out"):
+        sft.main(settings(out=str(tmp_path / "a file/below/it")))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"finished": true}', "[" * 100_000])
