@@ -370,6 +370,8 @@ def documents(world: list[dict], phrases: dict, rng: random.Random, kept_back: S
 
 OFTEN = {"does": 8, "tools": 5, "place": 7, "skills": 4, "partners": 3, "kin": 4, "about": 3}  # how often asked for
 SINGLE = ("place", "kin", "who_place")  # there is but one thing to say
+# How often a bad reply answers something else, by the kind of question
+ASIDE = {"talk": 0.8, "unknown": 0.8, "ask": 0.2, "other": 0.2, "then": 0.1, "who": 0.1, "whether": 0.1}
 
 
 def conversed(world: list[dict]) -> list[dict]:
@@ -481,6 +483,13 @@ class Talk:
         count = 1 if not several else 2
         return good, [bad[i] for i in sorted(rng.sample(range(len(bad)), count))]
 
+    def beside_the_point(self, kind: str, good: list[str]) -> str:
+        """A reply that answers something else: other small talk or, to what is known, that one does not know it."""
+        if kind not in ("talk", "unknown"):
+            return self.say("strange", "reply")
+        others = [group for group, texts in self.phrases["talk"].items() if set(texts["plain"]).isdisjoint(good)]
+        return self.say("talk", self.rng.choice(others), self.rng.choice(("full", "plain")))
+
     def asked(self, kinds: dict[str, float], before: tuple | None, kept_back: Set[str]) -> tuple:
         """An exchange of one of the kinds, by their weights, with its question as people type it."""
         while True:
@@ -578,7 +587,10 @@ def conversations(world: list[dict], phrases: dict, rng: random.Random, count: i
             kinds = {"ask": 5, "then": 8 * bool(before), "other": 7 * bool(before), "who": 0.8, "whether": 1.8,
                      "compare": 0.5, "unknown": 1.2, "strange": 0.6, "beyond": 0.5,
                      "talk": 2 if turn == 0 else 1.5 if turn == turns - 1 else 0.3}
-            question, good, bad, before = talk.asked(kinds, before, kept_back)
+            [kind] = rng.choices(list(kinds), list(kinds.values()))
+            question, good, bad, before = talk.asked({kind: 1}, before, kept_back)
+            if rng.random() < ASIDE.get(kind, 0):
+                bad = [talk.beside_the_point(kind, good), *bad[:-1]]
             prompt = message("prompter", question)
             bad = bad[:1] if len(set(good)) > 1 else bad  # so that informative over plain is no rare pair
             prompt["replies"] = [message("assistant", text, review_result=text in good, rank=rank)

@@ -223,6 +223,15 @@ def test_good_replies_say_a_thing_once_and_some_bad_ones_twice(trees):
     assert sum(bad) > len(bad) / 50
 
 
+def test_some_bad_replies_would_be_good_ones_elsewhere(trees):
+    """So DPO learns when to say "I do not know", and when not."""
+    replies = [m for tree in trees for m in messages(tree["prompt"]) if m["role"] == "assistant"]
+    good = {m["text"] for m in replies if m["review_result"]}
+    aside = [m["text"] for m in replies if not m["review_result"] and m["text"] in good]
+    assert sum("I do not know" in text for text in aside) > 500
+    assert sum("occupation" not in text for text in aside) > 500
+
+
 def test_no_opening_is_frequent(trees):
     asked = collections.Counter(tree["prompt"]["text"] for tree in trees)
     assert asked.most_common(1)[0][1] <= len(trees) / 100
