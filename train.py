@@ -1617,7 +1617,7 @@ def plot_curves(folders: list[Path], path: Path) -> None:
         axis.set(title="checks", xlabel="replies that are correct and say all once", ylabel="questions", xlim=(0, 1))
         axis.set_yticks(range(len(groups)), [textwrap.fill(data.visible(group), 14, break_on_hyphens=False)
                                              for group in groups], parse_math=False)
-        axis.set_ylim(len(groups) + 0.1, -0.6)  # from the top down, with room for the legend
+        axis.set_ylim(len(groups) + 0.6, -0.6)  # from the top down, with room for the legend
         axis.legend(fontsize="small", loc="lower left", ncols=len(checked))
     for axis, (title, keys, unit) in zip(axes, panels, strict=False):
         for name, records in runs.items():
