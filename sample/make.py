@@ -29,6 +29,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -103,7 +104,9 @@ class Config(Settings):
                   if path.name not in ("config.json", "generation_config.json", "model.safetensors")]
         for name in ("conversations.jsonl.gz", "checks.jsonl", "exam.jsonl"):
             path = Path(self.to, name)
-            first = next((row for _, _, row in data.file_rows(path)), None) if path.is_file() else {"subject": ""}
+            first = None if path.exists() else {"subject": ""}
+            with suppress(ValueError, OSError):  # of another kind of file
+                first = first or next((row for _, _, row in data.file_rows(path)), None)
             known = isinstance(first, dict) and (str(first.get("message_tree_id")).startswith("sample-")
                                                  or ("subject" in first and "messages" not in first))
             others += [] if known else [path]
