@@ -1615,7 +1615,8 @@ def one_value(file: IO[bytes], shown: str) -> list | None:
             case BadRow() as bad if isinstance(row, BadRow) and begin == b"[":
                 raise ValueError(f"{shown} begins as a JSON list and is none: {bad.args[1]}\n"
                                  "Mend it, or fetch it once more if a download broke off")
-            case BadRow() if all(isinstance(line, BadRow) for line in (row, *map(parse_json, others))):
+            case BadRow() if all(isinstance(r, BadRow) for r in (row, *map(parse_json, others))) and (
+                    others or row.args[0] == "not UTF-8"):  # one line of text may be a row to mend
                 raise ValueError(f"{shown}:1: {row.args[1]}\n  the row: {excerpt(first)}\nNor are the next lines. "
                                  "Make it JSONL, also gzipped, or name it what it is: .csv, .parquet or .arrow")
     return None

@@ -232,7 +232,7 @@ def piped(folder):
         "no vote": start("--blind", "runs/sft", "runs/dpo", "--prompts", "asked.jsonl", "--preferences", "no.jsonl",
                          "--max-new-tokens", "50", given=b"left\nboth\nright\n"),
         "long question": start("--blind", "runs/sft", "runs/dpo", "--prompts", "long.txt", "--preferences",
-                               "long.jsonl", "--max-new-tokens", "50", given=b"left\n"),
+                               "votes-of-long.jsonl", "--max-new-tokens", "50", given=b"left\n"),
         "no one to vote": start("--blind", "runs/sft", "runs/dpo", "--prompts", "asked.txt", closed="<&-"),
         "no output": start("Hello", "--model", "runs/sft", closed=">&-", given=b""),
         "blind to one, twice": start("--blind", "runs/sft", "runs/sft/", "--prompts", "asked.txt", given=b"left\n"),
@@ -1692,7 +1692,7 @@ def test_a_vote_that_is_none_ends_it_and_keeps_the_others(piped, folder):
 def test_a_question_that_is_too_long_leaves_the_others(piped, folder):
     code, out, err = piped["long question"]
     assert (code, err) == (0, "") and "Not sent: the message takes 1,507 tokens" in out and "2 of 2" in out
-    row, = (json.loads(line) for line in (folder / "long.jsonl").read_text().splitlines())
+    row, = (json.loads(line) for line in (folder / "votes-of-long.jsonl").read_text().splitlines())
     assert row["prompt"] == [{"role": "user", "content": "One?"}] and row["vote"] == "left"
 
 

@@ -532,7 +532,8 @@ def test_a_pointer_of_git_lfs_is_called_by_its_name(tmp_path):
 
 @pytest.mark.parametrize("content", [
     "\n".join(json.dumps(chat, indent=1) for chat in (CHAT, OTHER)).encode(), json.dumps(CHAT).encode("utf-16"),
-    b"a\tb\nc\td\n", b"(\xb5/\xfd\x04X\x00\x00", b"PAR1\x15\x04\x88\n\x15", gzip.compress(b"question,answer\nHi,No\n")])
+    b"a\tb\nc\td\n", b"(\xb5/\xfd\x04X\x00\x00", b"PAR1\x15\x04\x88\n\x15",
+    gzip.compress(b"question,answer\nHi,No\n", mtime=0)])
 def test_a_file_that_is_no_json_is_the_formats_fault(tmp_path, content):
     """Several objects over many lines, UTF-16, tables, what is packed otherwise: not rows to mend or to leave out."""
     path = tmp_path / "chats.jsonl"

@@ -86,7 +86,7 @@ def scenes(place, tiny_model):
         "narrow": Terminal(*sft, "--out", "narrow", columns=40, cwd=place, NO_COLOR="1", LC_ALL="C", PYTHONUTF8="0",
                            PYTHONCOERCECLOCALE="0"),
         "dumb": Terminal(*sft, "--out", "dumb", cwd=place, TERM="dumb"),
-        "preferences": Terminal(*dpo, "--out", "preferences", columns=120, cwd=place),
+        "preferences": Terminal(*dpo, "--out", "preferences", columns=132, cwd=place),
         "stopped": Terminal(*long, "--out", "stopped", cwd=place),
     }
     scenes["stopped"].see("after step 3")
@@ -135,7 +135,7 @@ def test_the_prompts_are_answered_before_during_and_after(scenes):
     assert text.count("========== assistant ==========") == 3
 
 
-@pytest.mark.parametrize("name, columns", [("narrow", 40), ("plain", 80), ("preferences", 120)])
+@pytest.mark.parametrize("name, columns", [("narrow", 40), ("plain", 80), ("preferences", 132)])
 def test_nothing_is_wider_than_the_window(name, columns, scenes):
     """Replies too are wrapped once, at words, and for the window; the terminal itself has nothing to break."""
     raw = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", scenes[name].raw.rpartition("after training")[2])
