@@ -72,7 +72,8 @@ def ctranslate2(folder, talks):
 def vllm(folder, talks):
     from vllm import LLM, SamplingParams
 
-    llm = LLM(folder, dtype="float32", max_model_len=1024, enforce_eager=True)
+    llm = LLM(folder, dtype="float32", max_model_len=1024, enforce_eager=True,
+              gpu_memory_utilization=0.3)  # of the memory, on a CPU too: by default nearly all must be free
     return [llm.chat(talk, SamplingParams(temperature=0, max_tokens=TOKENS), use_tqdm=False)[0].outputs[0].text
             for talk in talks]
 
