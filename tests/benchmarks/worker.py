@@ -173,7 +173,8 @@ def trl_train(task: str, folder: str, path: str, out: str, options: dict) -> dic
                              processing_class=tokenizer, peft_config=lora, callbacks=[Clock()])
     else:
         rows = [{"messages": messages_of(r.ids)} for r in rows_of_steps(data.load_rows, path, options)]
-        config = SFTConfig(**common, assistant_only_loss=True, packing=options.get("packing", False))
+        config = SFTConfig(**common, assistant_only_loss=True, packing=options.get("packing", False),
+                           chat_template_path=str(Path(folder, "chat_template_training.jinja")))
         trainer = SFTTrainer(network, args=config,
                              train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                              peft_config=lora if task == "sft-lora" else None, callbacks=[Clock()])
