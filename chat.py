@@ -105,8 +105,8 @@ def main(cfg: Config) -> None:
     cfg, screen = replace(cfg, system=os.fsencode(cfg.system).decode("utf-8", "replace")), Screen()
     first = cfg.model or (lora.base_of(cfg.adapter) if cfg.adapter else "")
     names = [*filter(None, [first]), *cfg.compare, *cfg.blind] or [newest_model()]
-    if cfg.blind and (path := file_named(cfg.preferences)).exists() and path.read_bytes().strip():
-        pairs_in(path)  # raises, before a vote is asked for that could not be kept
+    if cfg.blind:  # before a vote is asked for that could not be kept
+        what_stands_in(path := file_named(cfg.preferences), partial(pairs_in, path))
     if cfg.prompts:
         return examine(Session(cfg, screen, names), questions(Path(cfg.prompts)))
     if cfg.prompt is None and not cfg.words and sys.stdin.isatty() and screen.terminal:
@@ -949,16 +949,22 @@ def file_named(argument: str) -> Path:
     return path
 
 
-def add_lines(path: Path, lines: str, count_rows: Callable[[], int]) -> int:
-    """Add lines to a file of their kind and count its rows; whatever happens, what stands there stays as it is.
-
-    They go to its end in one piece, so that two programs can add to one file; on a full disk, nothing is added.
-    """
+def what_stands_in(path: Path, count_rows: Callable[[], int]) -> bytes:
+    """The content of a file to which lines are to be added; ValueError if it is of another kind."""
     content = path.read_bytes() if path.exists() else b""
     if content.strip(b" \t\r\n\xef\xbb\xbf"):
         if path.suffix == ".json" or data.is_gzip(path):
             raise ValueError(f"{path} takes no further lines; name a .jsonl file.")
         count_rows()  # raises, rather than adding to a file of another kind
+    return content
+
+
+def add_lines(path: Path, lines: str, count_rows: Callable[[], int]) -> int:
+    """Add lines to a file of their kind and count its rows; whatever happens, what stands there stays as it is.
+
+    They go to its end in one piece, so that two programs can add to one file; on a full disk, nothing is added.
+    """
+    content = what_stands_in(path, count_rows)
     added = (lines if content[-1:] in (b"", b"\n") else "\n" + lines).encode()
     with path.open("ab", buffering=0) as file:
         end = file.tell()

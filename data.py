@@ -1014,8 +1014,10 @@ def as_text(value: Any, key: str) -> str:
 def is_yes(row: dict, key: str) -> bool:
     """What a label or a weight says; where there is none, yes."""
     value = row.get(key)
-    if value is None or (isinstance(value, bool | int | float) and value in (0, 1)):
-        return value != 0
+    if value is None:
+        return True
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
     raise BadRow(f"no such {key}", f"{key} is {excerpt(value)}, wanted 0 or 1, false or true")
 
 
@@ -1112,7 +1114,8 @@ def read_layout(row: dict, layouts: dict[str, tuple[str, ...]], count: Count) ->
     if (name := layout_of(row, layouts)) is None:
         wanted = ", or ".join(" and ".join(keys) for keys in layouts.values() if "label" not in keys)
         hints = [hint for key, hint in HINTS.items() if key in row and key not in chain(*layouts.values())]
-        hints += ["conversations? use sft.py, and PATH alone"] * bool(layout_of(row, CONVERSATIONS))
+        if layout_of(row, CONVERSATIONS):
+            hints.append("conversations? use sft.py, and PATH alone")
         raise wrong_keys(row, wanted + "".join(f"  ({hint})" for hint in hints[:1]))
     keys = ["prompt"] * (name == "chosen, rejected") + [key for key in layouts[name] if key != "label"]
     count.notes[f"read as {name}"] += name not in OURS
@@ -1596,9 +1599,10 @@ def one_value(file: IO[bytes], shown: str) -> list | None:
     """The rows of a file that is one JSON list, or one object over many lines; None if it goes by lines."""
     with suppress(OSError, EOFError, zlib.error):   # what cannot be read is told of line by line
         lines = (line for line in iter(lambda: file.readline(LONGEST_LINE), b"") if line.strip(BLANK))
-        first, *others = [*islice(lines, 4)] or [b""]
-        file.seek(0)
+        first = next(lines, b"")
         begin, row = first.lstrip(BLANK)[:1], parse_json(first)
+        others = [] if isinstance(row, dict) else [*islice(lines, 3)]
+        file.seek(0)
         if isinstance(row, dict) or not first:
             return None
         text = file.read(LONGEST_FILE) if begin in (b"[", b"{") else first
@@ -1672,16 +1676,18 @@ def folder_rows(path: Path, data_set: DataSet, split: str, notes: Counter) -> It
                          "Wanted parquet or JSON files that share their columns, or the name of one file") from error
     if split and split not in splits:
         raise ValueError(f"{source} has no split {visible(split)[:80]!r}; it has {', '.join(splits)}")
+    kind = next(iter(splits.values())).info.builder_name
+    notes["files that are not of the folder's main kind, not read"] += sum(
+        f.suffix not in (f".{kind}", f".{kind}l") for f in files if f.suffix in (*TABLES, ".json", ".jsonl"))
     for name in [split] if split else splits:
-        table, kind = splits[name], splits[name].info.builder_name
-        notes["files that are not of the folder's main kind, not read"] = sum(
-            f.suffix not in (f".{kind}", f".{kind}l") for f in files if f.suffix in (*TABLES, ".json", ".jsonl"))
+        table = splits[name]
         notes[f"rows of the split {name}"] += len(table) * (len(splits) > 1)    # some have the same in several
         columns = [column for column in data_set.columns or () if column in table.column_names]
         table = (table.select_columns(columns) if columns else table).with_format("arrow")
         mixed = datasets.Features({key: of for key, of in table.features.items() if "Json(" in repr(of)})
-        rows = (row | mixed.decode_example({key: row[key] for key in mixed})    # else text comes with JSON's quotes
-                for batch in table.iter(batch_size=1000) for row in batch.to_pylist())
+        rows = (row for batch in table.iter(batch_size=1000) for row in batch.to_pylist())
+        if mixed:   # else their text comes with JSON's quotes
+            rows = map(lambda row, of=mixed: row | of.decode_example({key: row[key] for key in of}), rows)
         rows = ((f"{source} {name} row {number}", row, row) for number, row in enumerate(rows, 1))
         yield from watched(rows, f"reading {source} {name}", len(table), lambda row: 1)
 
