@@ -43,6 +43,7 @@ from data import exchanges, lazy, run_script
 
 # they import torch, which takes two seconds: neither --help nor the first prompt waits for that
 model, lora = lazy("model"), lazy("lora")
+filelock = lazy("filelock")
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -91,6 +92,8 @@ def check(cfg: Config) -> None:
         raise ValueError("--blind takes two models and stands for --model: --blind runs/sft runs/dpo")
     if cfg.prompts and not cfg.blind:
         raise ValueError("--prompts has the questions of a blind comparison: --blind runs/sft runs/dpo --prompts FILE")
+    if cfg.prompt is not None and cfg.words:
+        raise ValueError(f"--prompt is asked alone: leave out the words {shlex.join(cfg.words)[:80]}, or --prompt")
     if not (folder := Path(cfg.preferences).expanduser().parent).is_dir():
         raise ValueError(f"--preferences {cfg.preferences}: there is no folder {folder}")
     if len(cfg.words) == 1 and Path(cfg.words[0], "config.json").is_file():
@@ -233,11 +236,10 @@ class Session:
         """The conversation as training data: for every model a line {"messages": [...]} of what it has answered."""
         lines = ""
         for chat in self.chats:
-            turns = [turn for turn in exchanges(chat.messages)
-                     if turn[-1]["role"] == "assistant" and turn[-1]["content"]]
-            if turns:
-                messages = self.system + [message for turn in turns for message in turn]
-                lines += json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+            answered = [message for turn in exchanges(chat.messages)
+                        if turn[-1]["role"] == "assistant" and turn[-1]["content"] for message in turn]
+            if answered:
+                lines += json.dumps({"messages": self.system + answered}, ensure_ascii=False) + "\n"
         return lines
 
     def show(self) -> None:
@@ -418,19 +420,14 @@ class Reply:
 
     def __init__(self, wrap: Wrap, coming: Iterator[str], chat: Chat | None = None):
         self.wrap, self.coming, self.chat = wrap, coming, chat
-        self.pieces: list[str] = []
-        self.going = True
-
-    @property
-    def text(self) -> str:
-        return "".join(self.pieces).rstrip()
+        self.text, self.going = "", True
 
     def step(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Show the next token, if there is one."""
         piece = None if stopped() else next(self.coming, None)
         self.going = piece is not None
         if self.going:
-            self.pieces.append(piece)
+            self.text += piece
             self.wrap.feed(piece)
 
     def note(self, stopped: Callable[[], bool] = lambda: False) -> str:
@@ -731,6 +728,8 @@ def read(session: Session, argument: str) -> None:
     text = path.read_bytes().decode("utf-8-sig", "replace").replace("\r\n", "\n").strip()
     if (size := len(data.render([{"role": "user", "content": text}])[0])) > positions:
         raise ValueError(f"{path} is too long: {size:,} tokens, and the model reads {positions:,} at once.")
+    if not text:
+        raise ValueError(f"{path} has no text in it.")
     session.draft = as_draft(text) + "\n\n"
 
 
@@ -814,9 +813,8 @@ def unquoted(text: str) -> str:
 
 # ---- under the bonnet ----------------------------------------------------------------------------
 
-# as data.MOVED
 LIKELY = ((-math.inf, 208, "under 1%"), (math.log(0.01), 215, "under 10%"), (math.log(0.1), 223, "under 50%"),
-          (math.log(0.5), 0, "more"))
+          (math.log(0.5), 0, "more"))  # as data.MOVED
 
 
 def judges(session: Session) -> tuple[Chat, Chat | None, float]:
@@ -1002,15 +1000,14 @@ def to_learn(session: Session, stage: str, path: Path, rows: int) -> str:
     name = session.blind[-1] if session.blind else session.chats[0].name
     out = next(out for n in count(1) if not Path(out := "runs/mine" if n == 1 else f"runs/mine-{n}").exists())
     # a fifth of the presets' rates and less: at those, ten rows cost the sample's model up to a quarter of what it knew
-    preset, rate = "gpt2", {"sft": 6e-5, "dpo": 1e-5}[stage]
-    if of_the_sample(name):
-        preset, rate = "sample", {"sft": 3e-4, "dpo": 1e-4}[stage]
+    rates = {"gpt2": {"sft": 6e-5, "dpo": 1e-5}, "sample": {"sft": 3e-4, "dpo": 1e-4}}
+    preset = "sample" if of_the_sample(name) else "gpt2"
     batch_size, steps = data.three_passes(rows)
     start = ["--model", name]
     if session.cfg.adapter and name == session.chats[0].name:
         start += ["--adapter", session.cfg.adapter]
-    return shlex.join(["uv", "run", f"{stage}.py", *start, "--data", str(path), "--out", out, "--preset",
-                       preset, "--lr", f"{rate:g}", "--batch-size", str(batch_size), "--steps", str(steps)])
+    return shlex.join(["uv", "run", f"{stage}.py", *start, "--data", str(path), "--out", out, "--preset", preset,
+                       "--lr", f"{rates[preset][stage]:g}", "--batch-size", str(batch_size), "--steps", str(steps)])
 
 
 class Unsaved:
@@ -1020,14 +1017,12 @@ class Unsaved:
     """
 
     def __init__(self):
-        from filelock import FileLock, Timeout
-
         self.saved = self.kept = ""  # what needs no keeping; what the file holds of this chat
         self.offered, self.file = [], None
         files = [folder / f"unsaved-{n}.jsonl" for n in range(9)] if (folder := state_folder()) else []
         for file in sorted(files, key=lambda file: not file.exists()):
-            with suppress(Timeout, OSError, NotImplementedError):
-                self.lock = FileLock(file.with_suffix(".lock"), timeout=0)
+            with suppress(filelock.Timeout, OSError, NotImplementedError):
+                self.lock = filelock.FileLock(file.with_suffix(".lock"), timeout=0)
                 self.lock.acquire()
                 self.file = file
                 break
@@ -1122,8 +1117,7 @@ class Screen:
         return f"\x1b[{self.styles[style]}m{text}\x1b[0m" if style and self.colour else text
 
     def write(self, text: str) -> None:
-        self.out.write(text)
-        self.out.flush()
+        print(text, end="", file=self.out, flush=True)
 
     def wrap(self) -> Wrap:
         return Wrap(self.write, self.width if self.terminal else None)

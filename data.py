@@ -14,8 +14,6 @@ PATH is a file or a folder that `datasets.load_dataset` reads: with NAME in that
 from __future__ import annotations
 
 import codecs
-import contextlib
-import dataclasses
 import difflib
 import errno
 import glob
@@ -40,8 +38,8 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache, lru_cache, partial
 from itertools import chain, combinations, islice, pairwise, product
 from operator import attrgetter
@@ -755,7 +753,7 @@ def kept_or_read(specs: Sequence[str], what: str, build: Callable, reading: Read
     specs = [specs] if isinstance(specs, str) else list(specs)
     began, several = time.monotonic(), int(os.environ.get("WORLD_SIZE", 1)) > 1
     lock, name = FileLock(KEPT / ".lock"), rows_name(specs, what, reading)
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         if several:
             with suppress(OSError):
                 stack.enter_context(lock)
@@ -787,7 +785,7 @@ def rows_name(specs: Sequence[str], what: str, reading: Reading) -> str | None:
             for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
                 about = file.stat()
                 files.append((file.name, about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino))
-    settings = {f.name: getattr(reading, f.name) for f in dataclasses.fields(Reading)}
+    settings = {f.name: getattr(reading, f.name) for f in fields(Reading)}
     return digest_of(repr((list(specs), what, settings, files, file_sha256(Path(__file__))))).hex()
 
 
@@ -922,7 +920,7 @@ def rows_read(rows: Iterable[FileRow], read_one: Callable[[dict], Any], count: C
         try:
             if isinstance(row, BadRow):
                 raise row
-            result = read_one(row)
+            yield read_one(row)
         except BadRow as bad:
             reason, wrong = bad.args
             what = f"{place}: {wrong}\n  the row: {excerpt(raw)}"
@@ -933,8 +931,6 @@ def rows_read(rows: Iterable[FileRow], read_one: Callable[[dict], Any], count: C
             count.drop(f"bad row: {reason}")
         except Drop as drop:
             count.drop(drop.args[0])
-        else:
-            yield result
 
 
 def row_by_row(read_one: Callable[[dict], Thread | Preference]) -> Reader:
@@ -1100,11 +1096,8 @@ HINTS = {"message_tree_id": "OASST? write oasst1:PATH", "completions": "UltraFee
 
 def layout_of(row: dict, layouts: dict[str, tuple[str, ...]]) -> str | None:
     """The first of these whose keys the row has, not null if that can be: a table has all its columns in every row."""
-    for there in ({key for key, value in row.items() if value is not None}, set(row)):
-        for name, keys in layouts.items():
-            if there.issuperset(keys):
-                return name
-    return None
+    keys_there = {key for key, value in row.items() if value is not None}, set(row)
+    return next((name for there in keys_there for name, keys in layouts.items() if there.issuperset(keys)), None)
 
 
 def read_layout(row: dict, layouts: dict[str, tuple[str, ...]], count: Count) -> list[Conversation]:
@@ -1367,11 +1360,10 @@ def oasst_trees(rows: Iterable[FileRow], count: Count, language: str) -> list[Me
         (roots if message.parent is None else parent.replies if parent else orphans).append(message)
 
     def below(tops: list[Message]) -> int:
-        seen, todo = 0, list(tops)
-        while todo:
-            seen += 1
-            todo.extend(todo.pop().replies)
-        return seen
+        found = list(tops)
+        for message in found:   # which grows as it goes
+            found += message.replies
+        return len(found)
 
     lost = below(orphans)
     count.drop("orphan", lost)
@@ -1766,7 +1758,7 @@ def hub_folder(data_set: DataSet, fetch: bool = False) -> Path | None:
     """The folder in the Hub's cache with the files of a data set; None if it is not there, or not whole."""
     from huggingface_hub import snapshot_download
 
-    with contextlib.nullcontext() if fetch else suppress(Exception):
+    with nullcontext() if fetch else suppress(Exception):
         return Path(snapshot_download(data_set.hub, repo_type="dataset", local_files_only=not fetch,
                                       allow_patterns=list(data_set.files)))
     return None
@@ -1999,9 +1991,8 @@ def plurals(subject: str) -> list[list[str]]:
     """A subject and its plurals as lists of words: baker, bakers; secretary, secretaries; fireman, firemen."""
     *first, last = words(subject) or [""]
     forms = [last, last + "s", last + "es"]
-    for ending, plural in (("y", "ies"), ("man", "men"), ("woman", "women"), ("person", "people"), ("fe", "ves")):
-        if last.endswith(ending):
-            forms.append(last.removesuffix(ending) + plural)
+    endings = {"y": "ies", "man": "men", "woman": "women", "person": "people", "fe": "ves"}
+    forms += [last.removesuffix(ending) + plural for ending, plural in endings.items() if last.endswith(ending)]
     return [[*first, form] for form in forms]
 
 
@@ -2021,7 +2012,7 @@ def visible(text: str) -> str:
     return text.translate(INVISIBLE)
 
 
-@contextlib.contextmanager
+@contextmanager
 def progress(what: str, total: float) -> Iterator[Callable[[float], None]]:
     """Gives a function to be told how much more of the total is done, and shows how long the rest will take.
 
@@ -2130,7 +2121,7 @@ def print_example(row: Row | Pair) -> None:
 # ---- files written whole -------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
+@contextmanager
 def written_whole(path: Path):
     """All of a file or folder or nothing: gives a temporary name to write to, which goes to the disk and is renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -2198,15 +2189,6 @@ def check_limits(settings) -> None:
             raise ValueError(f"{option(name)} is {getattr(settings, name)}; it has to be {wanted}")
 
 
-@dataclass
-class Defaults:
-    """What decides the defaults of the other flags, and so is read before them."""
-
-    preset: str = ""
-    config: str = ""
-    loss: str = ""
-
-
 def command_line(config: type, presets: dict[str, dict] | None = None, args: list[str] | None = None):
     """The script's Config from its flags: --preset and --config change the defaults, every other flag one value."""
     args = sys.argv[1:] if args is None else args
@@ -2215,7 +2197,9 @@ def command_line(config: type, presets: dict[str, dict] | None = None, args: lis
         args = ["--preset", "sample", *args]
     values = {}
     if hasattr(config, "config"):
-        first, _ = tyro.cli(Defaults, args=args, return_unknown_args=True, add_help=False)
+        # what decides the defaults of the other flags, and so is read before them
+        early = make_dataclass("Early", [(name, str, "") for name in ("preset", "config", "loss")])
+        first, _ = tyro.cli(early, args=args, return_unknown_args=True, add_help=False)
         if first.preset and first.config:
             raise ValueError("--preset and --config both say what the defaults are: give one of them")
         if first.preset in (presets or {}):  # tyro refuses others
@@ -2230,7 +2214,7 @@ def command_line(config: type, presets: dict[str, dict] | None = None, args: lis
         return tyro.cli(config, default=config(**values), args=args, description=opening(config))
     found = tyro.cli(grouped(config, config(**values)), args=args, description=opening(config),
                      config=(tyro.conf.OmitArgPrefixes,))
-    return config(**{f.name: getattr(part, f.name) for part in vars(found).values() for f in dataclasses.fields(part)})
+    return config(**{f.name: getattr(part, f.name) for part in vars(found).values() for f in fields(part)})
 
 
 def opening(config: type) -> str:
@@ -2241,21 +2225,15 @@ def opening(config: type) -> str:
 
 
 def grouped(config: type, default) -> type:
-    """A dataclass with a part for each of config.groups {its name: its settings}, which --help has a box for each of.
-
-    The settings that no group names are in the last one. Types, help and defaults are those of config and `default`.
-    """
+    """A dataclass with a part for each of config.groups {its name: its settings}: --help has a box for each."""
     hints, notes = get_type_hints(config, include_extras=True), comments(config)
-    group_of = {name: group for group, names in config.groups.items() for name in names}
-    parts: dict[str, list] = {group: [] for group in config.groups}
-    for f in sorted(dataclasses.fields(config), key=lambda f: [*group_of, f.name].index(f.name)):
-        parts[group_of.get(f.name, list(parts)[-1])].append(
-            (f.name, Annotated[hints[f.name], tyro.conf.arg(help=notes[f.name])],
-             field(default=getattr(default, f.name))))
-    made = {group: dataclasses.make_dataclass(group, members, namespace={"__doc__": " "})
-            for group, members in parts.items()}
-    return dataclasses.make_dataclass("Grouped", [(group, part, field(default_factory=part))
-                                                  for group, part in made.items()])
+    settings = {f.name: (f.name, Annotated[hints[f.name], tyro.conf.arg(help=notes[f.name])],
+                         field(default=getattr(default, f.name))) for f in fields(config)}
+    parts = {group: [settings.pop(name) for name in names if name in settings]
+             for group, names in config.groups.items()}
+    list(parts.values())[-1].extend(settings.values())  # what no group names is in the last
+    made = {group: make_dataclass(group, members, namespace={"__doc__": " "}) for group, members in parts.items()}
+    return make_dataclass("Grouped", [(group, part, field(default_factory=part)) for group, part in made.items()])
 
 
 def comments(config: type) -> dict[str, str]:
@@ -2289,7 +2267,7 @@ FOREIGN = {
 
 def refuse_foreign(args: Sequence[str], config: type) -> None:
     """Lead from an option that other programs have to ours."""
-    known = {f.name.replace("_", "-"): f.name for f in dataclasses.fields(config)}
+    known = {f.name.replace("_", "-"): f.name for f in fields(config)}
     for given in (arg[2:].partition("=")[0] for arg in args if arg.startswith("--")):
         name = given.replace("_", "-")
         for ours, theirs in FOREIGN.items():
@@ -2304,7 +2282,7 @@ def _saved_config(path: str, config: type) -> dict:
         saved = dict(read_json(Path(path))["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--config {path} is not the run.json of a run ({type(error).__name__}: {error})") from None
-    if strangers := sorted(set(saved) - {f.name for f in dataclasses.fields(config)}):
+    if strangers := sorted(set(saved) - {f.name for f in fields(config)}):
         raise ValueError(f"--config {path} has a setting that this script does not know: {strangers[0]}")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k not in ("overwrite", "config")}
 

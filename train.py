@@ -15,7 +15,6 @@ A stage uses Settings, Run, begin, train and finish. A reader of the mathematics
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import importlib
@@ -33,7 +32,7 @@ import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -42,12 +41,18 @@ from typing import ClassVar, Literal
 import tyro
 from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+from safetensors import SafetensorError
 
 import data
 from data import is_out_of_memory, lazy, option, remove, run_script, sync, write_file, written_whole
 
 np = lazy("numpy")
 torch = lazy("torch")
+state_dicts = lazy("torch.distributed.checkpoint.state_dict")
+safetensors = lazy("safetensors.torch")
+filelock = lazy("filelock")
 model = lazy("model")
 lora = lazy("lora")
 
@@ -94,8 +99,7 @@ class Settings(data.Reading):
     overwrite: bool = False  # start anew in a folder that holds another run
     debug: bool = False  # show the traceback of an error
 
-    # the boxes of --help, see data.grouped
-    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {  # the boxes of --help, see data.grouped
         "first": ("preset", "model", "data", "out", "steps", "batch_size", "lr", "lora_rank"),
         "loss": (),  # a stage's own
         "data": ("context", "val_fraction", "language", "bad_rows", "seed"),
@@ -382,7 +386,7 @@ def without_targets(batch: data.Batch) -> data.Batch:
 
 def to_device(batch: data.Batch, device: torch.device) -> data.Batch:
     """The batch with its numpy arrays as tensors on the device, but for `rows`, which name what lies on the CPU."""
-    arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "rows"}
+    arrays = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "rows"}
     return replace(batch, **{k: torch.from_numpy(v).to(device, non_blocking=True)
                              for k, v in arrays.items() if hasattr(v, "dtype")})
 
@@ -430,13 +434,12 @@ def refuse_nan(what: str, value: float, state: State, cfg: Settings, run: Run) -
 
 
 def advice(cfg: Settings, row: int | None = None) -> str:
-    return (f"Try a lower rate: --lr {cfg.lr / 3:.1e} --overwrite\n"
-            f"or look at the data: {look_at(cfg, row)}")
+    return f"Try a lower rate: --lr {cfg.lr / 3:.1e} --overwrite\nor look at the data: {look_at(cfg, row)}"
 
 
 def look_at(cfg: Settings, row: int | None = None) -> str:
     """The command that shows what the data of a run becomes, or one row of it."""
-    changed = [f"{option(f.name)} {shlex.quote(str(getattr(cfg, f.name)))}" for f in dataclasses.fields(data.Reading)
+    changed = [f"{option(f.name)} {shlex.quote(str(getattr(cfg, f.name)))}" for f in fields(data.Reading)
                if getattr(cfg, f.name) != f.default]
     changed += [f"--row {row}"] * (row is not None)
     return " ".join(["uv run data.py", shlex.join(cfg.data), *["--pairs"] * (cfg.row_name == "pairs"), *changed])
@@ -463,8 +466,7 @@ class Run:
         with self.busy("loading PyTorch") if "torch" not in sys.modules else contextlib.nullcontext():
             self.device = model.pick_device(cfg.device)
         self.dtype = torch.bfloat16 if model.pick_precision(cfg.precision, self.device) == "bf16" else torch.float32
-        # how to go on: --overwrite, given again, would begin anew
-        self.again = "run the same command again" + ", without --overwrite," * cfg.overwrite
+        self.again = "run the same command again" + ", without --overwrite," * cfg.overwrite  # which would begin anew
         self.checks: list[data.Check] = []
         self.signal = 0
         self.training = False  # in the loop
@@ -499,8 +501,6 @@ class Run:
         look_at_folder(self.folder)
 
     def __enter__(self) -> Run:
-        from filelock import FileLock, Timeout
-
         self.look()
         if "RANK" in os.environ and not torch.distributed.is_initialized():
             store, rank, world = next(torch.distributed.rendezvous("env://"))
@@ -514,11 +514,11 @@ class Run:
                 "nccl" if self.device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                 timeout=timedelta(hours=2))  # the others wait while rank 0 answers prompts and checks
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / ".lock", timeout=0)
+        self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         if self.is_main:
             try:
                 self.lock.acquire()
-            except Timeout:
+            except filelock.Timeout:
                 raise BlockingIOError(f"{self.folder} is in use by another process.\n"
                                       "Wait for it, or give another folder: --out") from None
             tidy(self.folder)
@@ -760,9 +760,8 @@ def synchronised(loss, last: bool):
 
 def whole_weights(gpt: model.GPT) -> dict[str, torch.Tensor]:
     """The model's weights in one piece on rank 0, however they are spread."""
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-    return {name: w.detach().contiguous() for name, w in get_model_state_dict(gpt, options=_state_options()).items()}
+    weights = state_dicts.get_model_state_dict(gpt, options=_state_options())
+    return {name: w.detach().contiguous() for name, w in weights.items()}
 
 
 def whole_model(gpt: model.GPT, run: Run) -> model.GPT:
@@ -779,9 +778,7 @@ def whole_model(gpt: model.GPT, run: Run) -> model.GPT:
 
 
 def _state_options(**more):
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-    return StateDictOptions(**{"full_state_dict": True, "cpu_offload": True} | more)
+    return state_dicts.StateDictOptions(**{"full_state_dict": True, "cpu_offload": True} | more)
 
 
 # ---- before and after ----------------------------------------------------------------------------
@@ -789,8 +786,6 @@ def _state_options(**more):
 
 def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
     """Claim the folder, say what is about to happen and answer the prompts; False if the run is finished already."""
-    from rich.table import Column, Table
-
     if not rows.train:
         raise ValueError(f"--data {' '.join(cfg.data)}: no row is left to train on.\n"
                          f"See what was dropped and why: {look_at(cfg)}")
@@ -843,8 +838,7 @@ def begin(gpt: model.GPT, rows: data.Data, cfg: Settings, run: Run) -> bool:
         # same. The one in training has frozen weights in bf16, of the base for one stage and merged ones for the next
         run.note(before=assess(run.start_model().to(run.device), cfg, run) if asked and run.is_main else
                  {"replies": []})
-    if run.is_main:
-        show("before training", run.about["before"]["replies"], run)
+    show("before training", run.about["before"]["replies"], run)
     return True
 
 
@@ -914,12 +908,11 @@ def turns(prompts: tuple[str, ...]) -> int:
 def converse(gpt: model.GPT, prompts: tuple[str, ...], max_new_tokens: int,
              advance=lambda replies: None) -> list[data.Conversation]:
     """Each prompt's turns (separated by " | ") put to the model one after another."""
-    turns = [prompt.split(" | ") for prompt in prompts]
     talks: list[data.Conversation] = [[] for _ in prompts]
-    for turn in range(max(map(len, turns), default=0)):
-        asked = [i for i in range(len(talks)) if turn < len(turns[i])]
+    for questions in zip_longest(*(prompt.split(" | ") for prompt in prompts)):
+        asked = [i for i, question in enumerate(questions) if question is not None]
         for i in asked:
-            talks[i].append({"role": "user", "content": turns[i][turn]})
+            talks[i].append({"role": "user", "content": questions[i]})
         for i, (text, _) in zip(asked, answer(gpt, [talks[i] for i in asked], max_new_tokens, advance), strict=True):
             talks[i].append({"role": "assistant", "content": text})
     return talks
@@ -940,17 +933,16 @@ def likelier(gpt: model.GPT, talks: list[data.Conversation], run: Run) -> list[l
 
     Nothing where the model that the run began from is another one by now, or a talk is too long.
     """
+    found: list[list[Words]] = [[] for _ in talks]
     try:
         reference = run.start_model()
     except (OSError, ValueError):
-        return [[] for _ in talks]
+        return found
     if weights_sha256(reference.state_dict()) != run.about["model"]["sha256"]:
-        return [[] for _ in talks]
+        return found
     reference.to(run.device).eval()
-    found = []
-    for talk in talks:
+    for talk, replies in zip(talks, found, strict=True):
         ids, mask = data.render(data.without_oldest(talk, gpt.config.n_positions))
-        found.append([])
         if len(ids) > gpt.config.n_positions:
             continue
         logp, was = (np.pad(model.scores(m.eval(), ids.tolist(), 1)[0].numpy(), (1, 0)) for m in (gpt, reference))
@@ -959,7 +951,7 @@ def likelier(gpt: model.GPT, talks: list[data.Conversation], run: Run) -> list[l
                 pieces = data.pieces(ids[part].tolist())
                 starts = np.cumsum([0, *(tokens for _, tokens in pieces)])[:-1]
                 moves = np.add.reduceat((logp - was)[part], starts).tolist()
-                found[-1].append([(text, move) for (text, _), move in zip(pieces, moves, strict=True)])
+                replies.append([(text, move) for (text, _), move in zip(pieces, moves, strict=True)])
     return found
 
 
@@ -976,21 +968,16 @@ def show_likelier(moved: list[list[Words]], run: Run) -> None:
     run.say()
 
 
-def score_cells(score: dict) -> dict[str, str]:
-    """The scores of a group of checks as they are shown, by their headings."""
-    return {"correct": f"{score['correct']:.0%}", "said twice": f"{score['twice']:.1%}",
-            "correct and said once": f"{score['good']:.0%}", "facts per reply": f"{score['facts']:.2f}",
-            "ended": f"{score['ended']:.0%}", "words per reply": f"{score['words']:.1f}"}
+# how the scores of a group of checks are shown, by their headings
+SCORES = {"correct": "{correct:.0%}", "said twice": "{twice:.1%}", "correct and said once": "{good:.0%}",
+          "facts per reply": "{facts:.2f}", "ended": "{ended:.0%}", "words per reply": "{words:.1f}"}
 
 
 def checks_table(before: dict, after: dict):
     """The scores of two assessments side by side, as a rich table."""
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(title="checks, before -> after", title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("group", overflow="fold", min_width=min(12, max(map(len, after))))
-    for heading in ("asked", *score_cells(after["all"])):
+    for heading in ("asked", *SCORES):
         heading = heading.replace(" per ", "\nper ").replace(" and ", " and\n")
         table.add_column(heading, justify="right", overflow="fold")
     for group, now in after.items():
@@ -1000,8 +987,7 @@ def checks_table(before: dict, after: dict):
 
 def _changes(before: dict, after: dict) -> list[str]:
     before = before if before.keys() >= after.keys() else after  # it may be of an older version
-    cells = zip(score_cells(before).values(), score_cells(after).values(), strict=True)
-    return [f"{was} -> {now}" for was, now in cells]
+    return [f"{form.format(**before)} -> {form.format(**after)}" for form in SCORES.values()]
 
 
 def _samples(run: Run, before: dict, after: dict, moved: list[list[Words]]) -> str:
@@ -1020,7 +1006,7 @@ def _samples(run: Run, before: dict, after: dict, moved: list[list[Words]]) -> s
         parts.append(f"Repetition in these replies (rep-4): {before['repetition']:.1%} before, "
                      f"{after['repetition']:.1%} after\n")
     if "checks" in after:
-        headings = ["checks", "questions", *score_cells(after["checks"]["all"])]
+        headings = ["checks", "questions", *SCORES]
         parts += ["## Checks, before -> after\n", _line(headings), "|---" * len(headings) + "|"]
         parts += [_line([group, now["n"], *_changes(before.get("checks", {}).get(group, now), now)])
                   for group, now in after["checks"].items()] + [""]
@@ -1090,7 +1076,7 @@ def card(run: Run, before: dict, after: dict, final: dict) -> str:
         if None not in (before.get(key), final.get(key))}
     if now := after.get("checks", {}).get("all"):
         changes = _changes(before.get("checks", {}).get("all", now), now)
-        figures |= {f"checks: {name}": change for name, change in zip(score_cells(now), changes, strict=True)}
+        figures |= {f"checks: {name}": change for name, change in zip(SCORES, changes, strict=True)}
     settings = flags(run.cfg, besides=("model", "adapter", "data", "out", "overwrite"))
     return CARD.format(
         metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
@@ -1123,7 +1109,6 @@ def flags(cfg: Settings, besides: tuple[str, ...] = ()) -> str:
 
 
 # ---- the run folder ------------------------------------------------------------------------------
-
 
 REPLACED = ".replaced"  # in a run's folder: the run that --overwrite replaces, whole, until the new one is finished
 # all that a run writes into its folder, and what would make a folder open as another model than the one written there
@@ -1237,13 +1222,12 @@ def _differences(old: dict, new: dict, defaults: dict) -> list[str]:
     new, defaults = json.loads(json.dumps([new, defaults]))  # tuples become lists, as in the file
     before = defaults | old.get("config", {})  # a setting may be younger than the run
     pairs = [(option(k), before[k], v) for k, v in new["config"].items() if k not in MAY_DIFFER | BY_CONTENT]
-    pairs += [("stage", old.get("stage"), new["stage"]),
-              ("--data (sha256)", old.get("data", {}).get("sha256"), new.get("data", {}).get("sha256")),
-              ("--model (sha256)", old.get("model", {}).get("sha256"), new.get("model", {}).get("sha256"))]
+    pairs.append(("stage", old.get("stage"), new["stage"]))
+    pairs += [(f"--{what} (sha256)", *(about.get(what, {}).get("sha256") for about in (old, new)))
+              for what in ("data", "model")]
     out = shlex.quote(str(before["out"]))
-    longer = f" (to train a finished run further: --model {out} --out {out}-2)"
-    longer = {"--steps": longer} if old.get("finished") else {}
-    return [f"  {name}: {_short(was)} there, {_short(now)} now{longer.get(name, '')}"
+    longer = f" (to train a finished run further: --model {out} --out {out}-2)" if old.get("finished") else ""
+    return [f"  {name}: {_short(was)} there, {_short(now)} now{longer if name == '--steps' else ''}"
             for name, was, now in pairs if was != now]
 
 
@@ -1298,10 +1282,7 @@ def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run:
     Into a temporary folder, everything to the disk, the manifest with sizes and sha256 last, then one rename. Older
     ones go only after the new one has been read back. Raises OSError with the bytes needed and free.
     """
-    from safetensors.torch import save_file
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    weights, moments = get_state_dict(gpt, optimizer, options=_state_options(ignore_frozen_params=True))
+    weights, moments = state_dicts.get_state_dict(gpt, optimizer, options=_state_options(ignore_frozen_params=True))
     if not run.is_main:
         return
     weights = {name: w.detach().contiguous() for name, w in weights.items()}
@@ -1313,8 +1294,8 @@ def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run:
     with writing(folder, sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values()))):
         with written_whole(folder) as temporary:
             temporary.mkdir(parents=True)
-            save_file(weights, temporary / "model.safetensors")
-            save_file(tensors, temporary / "optimizer.safetensors")
+            safetensors.save_file(weights, temporary / "model.safetensors")
+            safetensors.save_file(tensors, temporary / "optimizer.safetensors")
             rest = {"state": asdict(state), "param_groups": moments["param_groups"]}
             (temporary / "state.json").write_text(json.dumps(rest), encoding="utf-8")
             files = {path.name: {"size": path.stat().st_size, "sha256": data.file_sha256(path)}
@@ -1331,18 +1312,15 @@ def save_checkpoint(gpt: model.GPT, optimizer, state: State, cfg: Settings, run:
 
 def load_checkpoint(gpt: model.GPT, optimizer, run: Run) -> State | None:
     """Go on from the newest checkpoint that verifies; says which were skipped and why. None if there is none."""
-    from safetensors.torch import load_file
-    from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
-
     weights, moments, state = {}, {}, None
     if run.is_main:  # the others get it from rank 0, which has the run's folder
         for leftover in (run.folder / "checkpoints").glob(".step-*"):
             remove(leftover)
         if folder := next((folder for folder in checkpoint_folders(run.folder) if sound(folder, run)), None):
             saved = json.loads((folder / "state.json").read_text())
-            weights, state = load_file(folder / "model.safetensors"), State(**saved["state"])
+            weights, state = safetensors.load_file(folder / "model.safetensors"), State(**saved["state"])
             moments = {"state": defaultdict(dict), "param_groups": saved["param_groups"]}
-            for key, moment in load_file(folder / "optimizer.safetensors").items():
+            for key, moment in safetensors.load_file(folder / "optimizer.safetensors").items():
                 name, _, kind = key.rpartition(".")
                 moments["state"][name][kind] = moment.clone()  # the loop changes it, and the file stays mapped
             run.say(f"resumed {folder}")
@@ -1350,8 +1328,8 @@ def load_checkpoint(gpt: model.GPT, optimizer, run: Run) -> State | None:
         options = _state_options(cpu_offload=False, broadcast_from_rank0=run.world > 1, strict=False,
                                  ignore_frozen_params=True)
         # one by one: set_state_dict takes the other ranks' empty weights for the wish to have none, and all would wait
-        set_optimizer_state_dict(gpt, optimizer, moments, options=options)
-        set_model_state_dict(gpt, weights, options=options)
+        state_dicts.set_optimizer_state_dict(gpt, optimizer, moments, options=options)
+        state_dicts.set_model_state_dict(gpt, weights, options=options)
     return state
 
 
@@ -1422,8 +1400,6 @@ def _prune_checkpoints(keep: int, run: Run) -> None:
 @contextlib.contextmanager
 def writing(what: Path, size: int = 0):
     """Turn the disk's trouble inside into an OSError that names what could not be written, bytes needed and free."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -1444,8 +1420,6 @@ class Log:
 
     def __init__(self, run: Run, state: State):
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-        from rich.table import Column
-        from rich.text import Text
 
         left = TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True))
         of = "step {task.completed}/{task.total}"
@@ -1496,11 +1470,10 @@ class Log:
 
 def summary(record: dict, width: int = 1000) -> str:
     """One logged step on one line: in a narrow window what comes first, and the loss in any."""
-    parts = [f"{name}{record[key]:{form}}{unit}" for name, key, form, unit in (
-        ("loss ", "loss", ".4f", ""), ("val ", "val_loss", ".4f", ""), ("accuracy ", "reward_accuracy", ".0%", ""),
-        ("margin ", "reward_margin", "+.3f", ""), ("chosen ", "chosen_reward", "+.3f", ""),
-        ("rejected ", "rejected_reward", "+.3f", ""), ("", "pairs_per_second", ".1f", " pairs/s"),
-        ("", "tokens_per_second", ",.0f", " tok/s"), ("lr ", "lr", ".1e", ""))
+    parts = [form.format(record[key]) for key, form in {
+        "loss": "loss {:.4f}", "val_loss": "val {:.4f}", "reward_accuracy": "accuracy {:.0%}",
+        "reward_margin": "margin {:+.3f}", "chosen_reward": "chosen {:+.3f}", "rejected_reward": "rejected {:+.3f}",
+        "pairs_per_second": "{:.1f} pairs/s", "tokens_per_second": "{:,.0f} tok/s", "lr": "lr {:.1e}"}.items()
         if key in record and not (key == "tokens_per_second" and "pairs_per_second" in record)]
     while len(parts) > 1 and len("  ".join(parts)) > width:
         parts.pop()
@@ -1533,19 +1506,16 @@ def _tracker(run: Run):
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    path = Path(folder) / "metrics.jsonl"
+    path, records = Path(folder) / "metrics.jsonl", []
     if not path.is_file():
         raise FileNotFoundError(f"'{folder}' is not a run: it has no metrics.jsonl.\nFinish one first: uv run sft.py")
-    return [r for r in map(_parsed, path.read_text(encoding="utf-8", errors="replace").splitlines()) if r]
-
-
-def _parsed(line: str) -> dict | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None  # the last line of a run that was killed while writing it
-    numbers = isinstance(record, dict) and all(isinstance(value, int | float) for value in record.values())
-    return record if numbers and isinstance(record.get("step"), int) else None
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):  # the last of a run that was killed while writing it
+            record = json.loads(line)
+            numbers = isinstance(record, dict) and all(isinstance(value, int | float) for value in record.values())
+            if numbers and isinstance(record.get("step"), int):
+                records.append(record)
+    return records
 
 
 def read_about(folder: Path) -> dict:
@@ -1583,8 +1553,6 @@ PANELS = [("loss", ("loss", "val_loss"), "nats"),
           ("reward margin", ("reward_margin", "val_reward_margin"), "nats"),
           ("reward accuracy", ("reward_accuracy", "val_reward_accuracy"), "share of pairs"),
           ("KL to the reference", ("kl", "val_kl"), "nats / token")]  # none of the rate, which the settings tell
-
-
 PICTURE = "gpt2-chat: train.plot_curves"  # by which a picture is known as ours
 
 
@@ -1592,17 +1560,18 @@ def plot_curves(folders: list[Path], path: Path) -> None:
     """A picture of one or several runs: a panel for each kind of measurement that they hold, and one of the checks."""
     from matplotlib.figure import Figure
 
-    folders = list({Path(f).absolute(): Path(f) for f in folders}.values())
-    whole = [f.absolute() for f in folders]
-    shared = os.path.commonpath(whole) if len({f.name for f in whole}) < len(whole) else ""
-    runs = {os.path.relpath(f, shared) if shared else f.name: history(f) for f in whole}
+    folders = {Path(f).absolute(): Path(f) for f in folders}  # each once, and as it was given
+    shared = os.path.commonpath(folders) if len({f.name for f in folders}) < len(folders) else ""
+    runs = {os.path.relpath(f, shared) if shared else f.name: history(f) for f in folders}
     held = [{key for record in records for key in record} for records in runs.values()]
     # one panel of throughput: pairs where all the runs have them, else tokens, which all have
     hidden = "tokens_per_second" if all("pairs_per_second" in keys for keys in held) else "pairs_per_second"
     present = set().union(*held) - {hidden}
     panels = [panel for panel in PANELS if present & set(panel[1])]
-    checked = {name: checks for folder, name in zip(folders, runs, strict=True)
-               for name, checks in _checked(folder, name if len(runs) > 1 else "").items()}
+    times = ("before", "after") if len(runs) == 1 else ("after",)  # of several runs, what became of each
+    checked = {name if len(runs) > 1 else when: read_about(folder).get(when, {}).get("checks")
+               for folder, name in zip(folders, runs, strict=True) for when in times}
+    checked = {name: scores for name, scores in checked.items() if scores}
     count = len(panels) + bool(checked)
     columns = min(4, count) if count != 4 else 2
     rows = -(-count // columns)
@@ -1632,7 +1601,7 @@ def plot_curves(folders: list[Path], path: Path) -> None:
         if len(keys) > 1 or len(runs) > 1:
             axis.legend(fontsize="small")
     if len(runs) == 1:
-        figure.suptitle(_title(*folders), fontsize="medium", parse_math=False)
+        figure.suptitle(_title(*folders.values()), fontsize="medium", parse_math=False)
     figure.tight_layout()
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png", metadata={"Software": PICTURE})
@@ -1640,12 +1609,6 @@ def plot_curves(folders: list[Path], path: Path) -> None:
 
 def _plain(name: str) -> str:
     return data.visible(name).replace("$", r"\$")  # which would begin a formula
-
-
-def _checked(folder: Path, name: str) -> dict[str, dict]:
-    """A run's scores by group, before and after it; of one among several, named, those after it."""
-    found = {name or when: read_about(folder).get(when, {}).get("checks", {}) for when in ("before", "after")}
-    return {label: scores for label, scores in found.items() if scores}
 
 
 def _title(folder: Path) -> str:
@@ -1678,8 +1641,6 @@ COLUMNS = [("steps", "step", "{:,}"), ("loss", "loss", "{:.4f}"), ("val loss", "
 
 
 def compare(cfg: Compare) -> None:
-    from rich.table import Table
-
     picture = Path(cfg.out)
     if picture.exists() and not (picture.is_file() and PICTURE.encode() in picture.read_bytes()[:4096]):
         raise ValueError(f"{picture} is no picture that this script made, so it is left alone.\nGive another --out")

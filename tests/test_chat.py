@@ -241,6 +241,7 @@ def piped(folder):
         "votes into a folder": start("--blind", "runs/sft", "runs/dpo", "--prompts", "asked.txt", "--preferences",
                                      "runs", given=b"left\n"),
         "words behind": start("--compare", "runs/sft", "runs/dpo", "Hello", given=b""),
+        "words and --prompt": start("--prompt", "Hello", "What", "now"),
         "blind alone": start("--blind", "runs/sft", "runs/dpo", given=b"Hello"),
         "blind to one": start("--blind", "runs/sft", "runs/sft"),
         "no folder": start("--prompt", "Hello", "--preferences", "no/such/pairs.jsonl"),
@@ -1408,6 +1409,8 @@ def test_read_puts_a_file_into_the_prompt(terminal):
     assert "long.txt is too long: 2,00" in " ".join(terminal.say("/read long.txt").split())
     assert "longer.txt is too long: 2,000,000 bytes" in " ".join(terminal.say("/read longer.txt").split())
     assert "No such file or directory: 'nowhere.md'" in terminal.say("/read nowhere.md")
+    (terminal.folder / "blank.txt").write_text(" \n\n")
+    assert "blank.txt has no text in it." in terminal.say("/read blank.txt")
 
 
 def test_what_is_typed_before_ctrl_c_is_not_lost(endless):
@@ -1710,6 +1713,7 @@ def test_closed_streams_are_empty_ones(piped):
                                            ("votes of another kind", "asked.jsonl:1: keys found: messages"),
                                            ("votes into a folder", "runs is not a file"),
                                            ("words behind", "words stand before --compare"),
+                                           ("words and --prompt", "leave out the words What now, or --prompt"),
                                            ("no questions", "no file of questions 'nothing.txt'"),
                                            ("a model as a word", "uv run chat.py --model runs/sft")])
 def test_failures_are_short_and_say_what_next(piped, run, said):
