@@ -1,6 +1,6 @@
 """Make the bundled sample: documents, a base model that has read them, conversations, checks and an exam.
 
-    uv run sample/make.py               everything anew, in a good hour
+    uv run sample/make.py               everything anew, in an hour and a half
     uv run sample/make.py --no-model    conversations, checks and exam only
     uv run sample/make.py --show 5      print five documents of the kind that the base model reads
     uv run sample/make.py --quick       a tiny version of everything, in seconds, into runs/quick
@@ -8,14 +8,15 @@
 world.json knows 216 occupations, phrases.toml knows how such things are said, and this script brings the two together:
 
     documents            encyclopedia entries, adverts, diaries, riddles, questions with answers ... on all occupations,
-                         never in the chat template. The base model (sample/model/) reads them and nothing else.
+                         never in the chat template. The base model (sample/model/) reads them and nothing else: first
+                         all kinds, then mostly questions, in more words, as people type them.
     conversations.jsonl.gz   threads with ranked replies, as OpenAssistant exports its trees, on four fifths of the
                          occupations. What a chat model says of the other fifth, it learnt before SFT.
     checks.jsonl         questions with the facts that a good reply contains, for `--checks` of sft.py and dpo.py.
     exam.jsonl           other questions in other wordings, which served to choose nothing: the README's table
 
 All of it is a function of the seed; the model's last bits are one of the processor's too. Pre-training reads 31 million
-tokens: about an hour in bf16 on two idle cores of an AMD EPYC with avx512_bf16 (8,200 tokens a second).
+tokens, then 10 million more: an hour and 20 minutes in bf16 on two idle cores of an AMD EPYC with avx512_bf16.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -76,6 +77,9 @@ class Config(Settings):
     steps: int = 15_000  # optimiser steps
     batch_size: int = 8  # rows a step: facts are learnt by being met often, so small steps and many of them
     lr: float = 3e-3  # highest learning rate
+    more_steps: int = 5000  # of the second reading
+    more_lr: float = 2e-3
+    start: str = ""  # a model that has done the first reading: only the second is done
     init_scale: float = 4.0  # first weights, as a multiple of GPT-2's, which suit its widths: 0.08 is about 1/sqrt(128)
     weight_decay: float = 0.1
     beta2: float = 0.98
@@ -97,6 +101,10 @@ class Config(Settings):
             ("0 or more", ("show",), lambda value: value >= 0), ("a multiple of --n-head", ("n_embd",), divides),
             ("from 2 to 1024", ("row",), range(2, 1025).__contains__))
 
+    def again(self) -> Config:
+        """The settings of the second reading."""
+        return replace(self, out=f"{self.out}-again", steps=self.more_steps, lr=self.more_lr)
+
     def look(self) -> None:
         """Refuse what can be seen to fail; among this, somebody else's files that have the names of this script's."""
         data.check_limits(self)
@@ -116,7 +124,7 @@ class Config(Settings):
 
 
 QUICK = {"to": "runs/quick", "out": "runs/quick/base", "trees": 60, "questions": 5, "occupations": 12, "n_layer": 2,
-         "n_embd": 32, "n_head": 2, "row": 64, "steps": 40, "eval_every": 20, "save_every": 40}
+         "n_embd": 32, "n_head": 2, "row": 64, "steps": 40, "more_steps": 40, "eval_every": 20, "save_every": 40}
 
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "James", "Kate", "Leo", "Mary",
          "Nora", "Oliver", "Paul", "Ruth", "Sam", "Tom", "Vera")
@@ -189,6 +197,14 @@ def read_phrases(path: Path = HERE / "phrases.toml"):
         return [line.replace(r"\n", "\n") for line in node.splitlines() if line]
 
     return lines(tomllib.loads(path.read_text(encoding="utf-8")))
+
+
+def with_more(phrases, more=None):
+    """The phrases, each list with the wordings that the part "more" has for it: what people ask, in more words."""
+    more = phrases["more"] if more is None else more
+    if isinstance(phrases, list):
+        return phrases + more
+    return {key: with_more(node, more[key]) if key in more else node for key, node in phrases.items()}
 
 
 def held_out(world: list[dict]) -> set[str]:
@@ -285,34 +301,57 @@ def with_slip(text: str, rng: random.Random) -> str:
     return text[:start] + misspelt(text[start:end], rng) + text[end:]
 
 
+def written_large(text: str, rng: random.Random) -> str:
+    return rng.choice((text.upper(), text.title(), capital(text)))
+
+
 def nickname(entry: dict, rng: random.Random) -> str:
     """Another word for the occupation, or its name misspelt."""
     return rng.choice(entry["also"]) if entry["also"] and rng.random() < 0.5 else with_slip(entry["name"], rng)
 
 
-def typed(text: str, rng: random.Random, habits: dict[str, list[str]]) -> str:
-    """A question as people type it: half of them as they stand, the others short, hasty, polite or misspelt."""
-    if rng.random() < 0.5:
+def typed(text: str, rng: random.Random, habits: dict[str, list[str]], haste: float = 0.5) -> str:
+    """A question as people type it: a share `haste` of them short, polite, misspelt or in capitals."""
+    if rng.random() < 1 - haste:
         return text
     if rng.random() < 0.2:
         before = rng.choice(habits["before"])
         text = f"{before} {text if before[-1] in '!.' else text[:1].lower() + text[1:]}"
     if rng.random() < 0.1:
         text = f"{text} {rng.choice(habits['after'])}"
-    for way in habits["ways"] if rng.random() < 0.3 else ():
+    for way in habits["ways"] if rng.random() < 0.6 * haste else ():
         usual, others = way.split(" = ")
         if rng.random() < 0.7:
             text = re.sub(rf"\b{usual}\b", rng.choice(others.split(", ")), text, count=1, flags=re.IGNORECASE)
     if rng.random() < 0.3:
         text = with_slip(text, rng)
-    text = rng.choices((text, text.lower(), text.upper(), text.title()), (0.3, 0.6, 0.04, 0.06))[0]
+    text = rng.choices((text, text.lower(), text.upper(), text.title()), (0.3, 0.6, 0.08 * haste, 0.12 * haste))[0]
     return text.rstrip("?.!") or text if rng.random() < 0.5 else text
 
 
 # ---- documents -----------------------------------------------------------------------------------
 
-KINDS = {"encyclopedia": 5, "advert": 2, "diary": 2, "interview": 2, "story": 3, "card": 3, "riddle": 2,
-         "comparison": 5, "letter": 0.6, "quiz": 3, "meanings": 4, "questions": 2, "answers": 12}  # how often each
+class Reading(NamedTuple):
+    """What the base model reads."""
+
+    name: str
+    kinds: dict[str, float]  # how often each kind of document
+    asked: dict[str, float]  # how often each kind of question, in documents that have answers
+    haste: float             # with which people type what they ask, see typed()
+    slips: float             # how often they misspell a name, or write it large
+
+
+FIRST = Reading(
+    "documents", haste=0.5, slips=0,
+    kinds={"encyclopedia": 5, "advert": 2, "diary": 2, "interview": 2, "story": 3, "card": 3, "riddle": 2,
+           "comparison": 5, "letter": 0.6, "quiz": 3, "meanings": 4, "questions": 2, "answers": 12},
+    asked={"ask": 5, "then": 6, "other": 6, "who": 1, "whether": 1.5, "compare": 0.5})
+# Mostly questions, in the words of phrases.toml's part "more" too. What a model reads last it keeps best
+SECOND = Reading(
+    "questions", haste=0.8, slips=0.15,
+    kinds={"encyclopedia": 2, "story": 0.5, "card": 1, "riddle": 0.5, "comparison": 1.5, "letter": 0.5, "quiz": 1,
+           "meanings": 1, "questions": 1, "answers": 18},
+    asked={**FIRST.asked, "whether": 2.5, "talk": 6, "unknown": 5, "strange": 1, "beyond": 1})
 
 
 def neighbours(world: list[dict]) -> dict[str, list[dict]]:
@@ -322,14 +361,15 @@ def neighbours(world: list[dict]) -> dict[str, list[dict]]:
             for x in world}
 
 
-def documents(world: list[dict], phrases: dict, rng: random.Random, kept_back: Set[str] = frozenset()) -> Iterator[str]:
+def documents(world: list[dict], phrases: dict, rng: random.Random, kept_back: Set[str] = frozenset(),
+              reading: Reading = FIRST) -> Iterator[str]:
     """Texts without end, each on one occupation, comparing two, or with another one in every line.
 
     No question of those in `kept_back` is answered in them.
     """
-    talk = Talk(world, phrases, rng)
+    talk = Talk(world, phrases, rng, haste=reading.haste, slips=reading.slips)
     while True:
-        [kind] = rng.choices(list(KINDS), list(KINDS.values()))
+        [kind] = rng.choices(list(reading.kinds), list(reading.kinds.values()))
         x = talk.occupation()
         y = talk.occupation(unlike=x)
         if rng.random() < 0.15:
@@ -346,9 +386,7 @@ def documents(world: list[dict], phrases: dict, rng: random.Random, kept_back: S
         elif kind == "answers":
             before = None
             for _ in range(rng.randint(3, 6)):
-                kinds = {"ask": 5, "then": 6 * bool(before), "other": 6 * bool(before), "who": 1, "whether": 1.5,
-                         "compare": 0.5}
-                question, good, _, before = talk.asked(kinds, before, kept_back)
+                question, good, _, before = talk.asked(reading.asked, before, kept_back)
                 sentences += [f"Q: {question}", f"A: {rng.choice(good)}"]
         elif kind in ("quiz", "meanings"):
             for _ in range(8):
@@ -394,8 +432,9 @@ class Talk:
     """Questions about the occupations of `world`, and ranked replies to them."""
 
     def __init__(self, world: list[dict], phrases: dict, rng: random.Random, informative: float = 0.42,
-                 by_other_names: float = 0.25):
+                 by_other_names: float = 0.25, haste: float = 0.5, slips: float = 0.0):
         self.world, self.phrases, self.rng = world, phrases, rng
+        self.haste, self.slips = haste, slips  # of those who ask: see typed(), and how often names are misspelt
         self.informative = informative        # share of the questions that have a good reply with several facts
         self.by_other_names = by_other_names  # how often an occupation is called what it also is
         self.near = neighbours(world)
@@ -451,10 +490,12 @@ class Talk:
         else:
             x, y = (self.in_short(self.occupation()) for _ in range(2))
             text = self.say(section, rng.choice(list(self.phrases[section])), about=x, other=y)
-        return typed(text, rng, self.phrases["typed"])
+        return typed(text, rng, self.phrases["typed"], self.haste)
 
     def by_any_name(self, x: dict) -> dict:
-        """The occupation as people may call it."""
+        """The occupation as people may call it, and write it."""
+        if self.slips and self.rng.random() < self.slips:
+            return x | {"name": self.rng.choice((with_slip, written_large))(x["name"], self.rng)}
         return x | {"name": self.rng.choice(x["also"])} if x["also"] and self.rng.random() < self.by_other_names else x
 
     def in_short(self, x: dict) -> dict:
@@ -495,10 +536,11 @@ class Talk:
 
     def asked(self, kinds: dict[str, float], before: tuple | None, kept_back: Set[str]) -> tuple:
         """An exchange of one of the kinds, by their weights, with its question as people type it."""
+        weights = [0 if kind in ("then", "other") and not before else weight for kind, weight in kinds.items()]
         while True:
-            [kind] = self.rng.choices(list(kinds), list(kinds.values()))
+            [kind] = self.rng.choices(list(kinds), weights)
             question, *others = self.exchange(kind, before)
-            question = typed(question, self.rng, self.phrases["typed"])
+            question = typed(question, self.rng, self.phrases["typed"], self.haste)
             if letters_of(question) not in kept_back:
                 return question, *others
 
@@ -583,12 +625,12 @@ def conversations(world: list[dict], phrases: dict, rng: random.Random, count: i
     conversation goes on from a plain reply more often than from an informative one: SFT learns to be right, and leaves
     it to DPO to say more. No question of the checks in `kept_back` is asked.
     """
-    talk = Talk(conversed(world), phrases, rng, informative=0.65, by_other_names=0.4)
+    talk = Talk(conversed(world), phrases, rng, informative=0.5, by_other_names=0.4, haste=0.6, slips=0.2)
     for number in range(count):
         root = last = before = None
         for turn in range(turns := rng.choices((1, 2, 3, 4), (1, 3, 4, 2))[0]):
             kinds = {"ask": 5, "then": 8 * bool(before), "other": 7 * bool(before), "who": 0.8, "whether": 1.8,
-                     "compare": 0.5, "unknown": 1.2, "strange": 0.6, "beyond": 0.5,
+                     "compare": 0.5, "unknown": 1.2, "strange": 0.35, "beyond": 0.5,
                      "talk": 2 if turn == 0 else 1.5 if turn == turns - 1 else 0.3}
             [kind] = rng.choices(list(kinds), list(kinds.values()))
             question, good, bad, before = talk.asked({kind: 1}, before, kept_back)
@@ -688,19 +730,21 @@ def write_lines(path: Path, objects) -> None:
 RARE = 20  # times that a word has to occur in the documents to be learnt
 
 
-def read_documents(world: list[dict], phrases: dict, kept_back: Set[str], cfg: Config) -> tuple[data.Data, np.ndarray]:
+def read_documents(reading: Reading, world: list[dict], phrases: dict, kept_back: Set[str], known: np.ndarray,
+                   cfg: Config) -> tuple[data.Data, np.ndarray]:
     """Enough documents for all steps, end to end and cut into rows, in ids of a vocabulary of their own.
 
-    Returns the rows and `vocabulary`, the GPT-2 ids that occur often enough. Id i of the rows is vocabulary[i]; the
-    number after the last stands for all other words, which are read and not predicted.
+    Returns the rows and `vocabulary`, the GPT-2 ids that occur often enough or are `known`. Id i of the rows is
+    vocabulary[i]; the number after the last stands for all other words, which are read and not predicted.
     """
-    tokens, texts = data.tokenizer(), documents(world, phrases, random.Random(f"documents {cfg.seed}"), kept_back)
+    tokens = data.tokenizer()
+    texts = documents(world, phrases, random.Random(f"{reading.name} {cfg.seed}"), kept_back, reading)
     count, wanted, parts = 0, (cfg.steps * cfg.batch_size + 64) * cfg.row, []
     while count < wanted:
         parts += [[data.EOT, *tokens.encode_ordinary(text)] for text in itertools.islice(texts, 1000)]
         count += sum(map(len, parts[-1000:]))
     stream = np.concatenate(parts)[:wanted].astype(np.int64)
-    vocabulary = np.flatnonzero(np.bincount(stream) >= min(RARE, cfg.steps / 10))
+    vocabulary = np.union1d(known, np.flatnonzero(np.bincount(stream) >= min(RARE, cfg.steps / 10)))
     numbers = np.full(data.EOT + 1, len(vocabulary), np.int32)
     numbers[vocabulary] = np.arange(len(vocabulary))
     ids = numbers[stream].reshape(-1, cfg.row)
@@ -731,33 +775,74 @@ def documents_loss(gpt, batch, unused: int) -> tuple[torch.Tensor, torch.Tensor,
     return loss, torch.tensor(len(batch.targets)), {}
 
 
-def with_all_words(gpt, vocabulary: np.ndarray):
-    """The model in GPT-2's own vocabulary: each word that occurs has its row, all others have the one they shared."""
-    whole = model.GPT(replace(gpt.config, vocab_size=data.EOT + 1))
-    weights = gpt.state_dict()
-    rows = torch.full((data.EOT + 1,), len(vocabulary))
-    rows[torch.from_numpy(vocabulary)] = torch.arange(len(vocabulary))
-    whole.load_state_dict(weights | {"wte.weight": weights["wte.weight"][rows]})
-    return whole
-
-
-def pretrain(world: list[dict], phrases: dict, kept_back: Set[str], cfg: Config) -> None:
-    rows, vocabulary = read_documents(world, phrases, kept_back, cfg)
+def newborn(words: int, cfg: Config):
+    """A model that has read nothing, with a row for each of the words and one for all others."""
     torch.manual_seed(cfg.seed)
-    gpt = model.GPT(model.GPTConfig(len(vocabulary) + 1, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head))
+    gpt = model.GPT(model.GPTConfig(words + 1, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head))
     with torch.no_grad():  # at the scale of GPT-2's first weights so narrow a model learns half as fast
         for layer in (gpt.wte, *(m for m in gpt.modules() if isinstance(m, torch.nn.Linear))):
             layer.weight.mul_(cfg.init_scale)
+    return gpt
+
+
+def with_all_words(gpt, vocabulary: np.ndarray):
+    """The model in GPT-2's own vocabulary: each word that occurs has its row, all others have the one they shared."""
+    rows = np.full(data.EOT + 1, len(vocabulary))
+    rows[vocabulary] = np.arange(len(vocabulary))
+    return with_rows(gpt, rows)
+
+
+def with_words(gpt, vocabulary: np.ndarray):
+    """The other way round: what with_all_words() would make this model of. Words that are new have the shared row."""
+    others = np.delete(np.arange(data.EOT + 1), vocabulary)
+    return with_rows(gpt, np.append(vocabulary, others[0]))
+
+
+def with_rows(gpt, rows: np.ndarray):
+    """The model with these of its words, in this order."""
+    other = model.GPT(replace(gpt.config, vocab_size=len(rows)))
+    weights = gpt.state_dict()
+    other.load_state_dict(weights | {"wte.weight": weights["wte.weight"][torch.from_numpy(rows)]})
+    return other
+
+
+def words_met(gpt) -> np.ndarray:
+    """The words of GPT-2's vocabulary that a model of with_all_words() has rows of their own for."""
+    _, row, count = gpt.wte.weight.detach().unique(dim=0, return_inverse=True, return_counts=True)
+    if count.max() == 1:
+        raise ValueError("--start: all of its words have rows of their own, so it is no model that this script made")
+    return np.flatnonzero(count[row] == 1)
+
+
+def read(gpt, rows: data.Data, cfg: Config) -> None:
+    """Train the model on rows of documents, in place."""
     with Run("documents", cfg) as run:
         run.about["model"] = {"name": "new", "parameters": sum(p.numel() for p in gpt.parameters()),
                               "sha256": weights_sha256(gpt.state_dict())}
-        gpt = gpt.to(run.device)
+        gpt.to(run.device)
         begin(gpt, rows, cfg, run)
-        loss = partial(documents_loss, unused=data.EOT + 1 - len(vocabulary))
+        loss = partial(documents_loss, unused=data.EOT + 2 - gpt.config.vocab_size)
         train(gpt, loss, step_batches(rows, cfg, run), validation_batches(rows, cfg, run), cfg, run)
-        with_all_words(gpt.cpu(), vocabulary).save_pretrained(Path(cfg.to) / "model", dtype=torch.float16)
-        discard(run.folder / REPLACED)
-        run.say(f"{cfg.to}/model: {len(vocabulary):,} of GPT-2's words occur. Next: uv run sft.py")
+        gpt.cpu()
+
+
+def pretrain(world: list[dict], phrases: dict, kept_back: Set[str], cfg: Config) -> None:
+    """Two readings: documents of all kinds, and then mostly questions with answers."""
+    if cfg.start:
+        gpt = model.GPT.from_pretrained(cfg.start)
+    else:
+        rows, vocabulary = read_documents(FIRST, world, phrases, kept_back, np.arange(0), cfg)
+        gpt = newborn(len(vocabulary), cfg)
+        read(gpt, rows, cfg)
+        gpt = with_all_words(gpt, vocabulary)
+    again = cfg.again()
+    rows, vocabulary = read_documents(SECOND, world, with_more(phrases), kept_back, words_met(gpt), again)
+    gpt = with_words(gpt, vocabulary)
+    read(gpt, rows, again)
+    with_all_words(gpt, vocabulary).save_pretrained(Path(cfg.to) / "model", dtype=torch.float16)
+    for folder in (cfg.out, again.out):
+        discard(Path(folder) / REPLACED)
+    print(f"{cfg.to}/model: {len(vocabulary):,} of GPT-2's words occur. Next: uv run sft.py")
 
 
 def main(cfg: Config) -> None:
@@ -766,7 +851,8 @@ def main(cfg: Config) -> None:
     if cfg.quick:
         not_given = [name for name in QUICK if getattr(cfg, name) == getattr(Config, name)]
         cfg = replace(cfg, **{name: QUICK[name] for name in not_given})
-    Run("documents", cfg).look() if cfg.model and not cfg.show else cfg.look()
+    for reading in (cfg, cfg.again()):
+        Run("documents", reading).look() if cfg.model and not cfg.show else reading.look()
     world, phrases = read_world()[:cfg.occupations], read_phrases()
     if cfg.show:
         return print("\n\n---\n\n".join(itertools.islice(documents(world, phrases, random.Random(cfg.seed)), cfg.show)))
@@ -779,7 +865,8 @@ def main(cfg: Config) -> None:
     kept_back = {letters_of(row["messages"][-1]["content"]) for name, rows in asked.items() for row in rows
                  if "messages" in row and (name == "exam" or row["group"] == "everyday")}
     write_lines(folder / "conversations.jsonl.gz",
-                conversations(world, phrases, random.Random(f"conversations {cfg.seed}"), cfg.trees, kept_back))
+                conversations(world, with_more(phrases), random.Random(f"conversations {cfg.seed}"), cfg.trees,
+                              kept_back))
     if cfg.model:
         pretrain(world, phrases, kept_back, cfg)
 

@@ -40,17 +40,17 @@ def test_the_base_model_cannot_converse(exam):
 @pytest.mark.parametrize("stage", ["SFT", "DPO"])
 def test_what_is_asked_is_answered_right_and_once(exam, stage):
     greedy = exam[stage]["greedy"]
-    assert min(greedy[group]["correct"] for group in GROUPS[:4]) >= 0.8
-    assert greedy["everyday"]["correct"] >= 0.7
+    assert min(greedy[group]["correct"] for group in GROUPS[:4]) >= 0.9
+    assert greedy["everyday"]["correct"] >= 0.75
     assert greedy["all"]["twice"] <= 0.02 and greedy["all"]["ended"] >= 0.99
-    assert greedy["all"]["good"] >= 0.85
+    assert greedy["all"]["good"] >= 0.9
 
 
 def test_dpo_teaches_to_say_more_and_nothing_wrong(exam, found):
     before, after = (exam[stage]["greedy"] for stage in ("SFT", "DPO"))
-    assert after["all"]["facts"] >= 1.25 * before["all"]["facts"]
-    assert all(after[group]["correct"] >= before[group]["correct"] - 0.08 for group in GROUPS[:4])
-    assert found["dpo"]["metrics"]["val_reward_accuracy"] >= 0.85
+    assert after["all"]["facts"] >= 1.5 * before["all"]["facts"]
+    assert all(after[group]["correct"] >= before[group]["correct"] - 0.07 for group in GROUPS[:4])
+    assert found["dpo"]["metrics"]["val_reward_accuracy"] >= 0.88
 
 
 def test_the_curves_have_no_jumps(folder):
