@@ -726,10 +726,10 @@ def read(session: Session, argument: str) -> None:
     if path.stat().st_size > data.LONGEST_TEXT:
         raise ValueError(f"{path} is too long: {path.stat().st_size:,} bytes.")
     text = path.read_bytes().decode("utf-8-sig", "replace").replace("\r\n", "\n").strip()
-    if (size := len(data.render([{"role": "user", "content": text}])[0])) > positions:
-        raise ValueError(f"{path} is too long: {size:,} tokens, and the model reads {positions:,} at once.")
     if not text:
         raise ValueError(f"{path} has no text in it.")
+    if (size := len(data.render([{"role": "user", "content": text}])[0])) > positions:
+        raise ValueError(f"{path} is too long: {size:,} tokens, and the model reads {positions:,} at once.")
     session.draft = as_draft(text) + "\n\n"
 
 
@@ -1021,7 +1021,7 @@ class Unsaved:
         self.offered, self.file = [], None
         files = [folder / f"unsaved-{n}.jsonl" for n in range(9)] if (folder := state_folder()) else []
         for file in sorted(files, key=lambda file: not file.exists()):
-            with suppress(filelock.Timeout, OSError, NotImplementedError):
+            with suppress(filelock.Timeout, OSError):
                 self.lock = filelock.FileLock(file.with_suffix(".lock"), timeout=0)
                 self.lock.acquire()
                 self.file = file

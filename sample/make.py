@@ -25,6 +25,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import random
 import re
 import sys
@@ -97,7 +98,9 @@ class Config(Settings):
             return value > 0 and value % max(1, self.n_head) == 0
 
         return super().limits() | data.bounds(
-            self, ("1 or more", ("trees", "questions", "occupations", "n_layer", "n_head"), lambda value: value >= 1),
+            self, ("1 or more", ("trees", "questions", "occupations", "n_layer", "n_head", "more_steps"),
+                   lambda value: value >= 1),
+            ("above 0 and finite", ("more_lr",), lambda value: 0 < value < math.inf),
             ("0 or more", ("show",), lambda value: value >= 0), ("a multiple of --n-head", ("n_embd",), divides),
             ("from 2 to 1024", ("row",), range(2, 1025).__contains__))
 
@@ -108,6 +111,8 @@ class Config(Settings):
     def look(self) -> None:
         """Refuse what can be seen to fail; among this, somebody else's files that have the names of this script's."""
         data.check_limits(self)
+        if self.start:
+            model.check_model(self.start)
         others = [path for path in Path(self.to, "model").glob("*")
                   if path.name not in ("config.json", "generation_config.json", "model.safetensors")]
         for name in ("conversations.jsonl.gz", "checks.jsonl", "exam.jsonl"):
@@ -534,12 +539,15 @@ class Talk:
         others = [group for group, texts in self.phrases["talk"].items() if set(texts["plain"]).isdisjoint(good)]
         return self.say("talk", self.rng.choice(others), self.rng.choice(("full", "plain")))
 
-    def asked(self, kinds: dict[str, float], before: tuple | None, kept_back: Set[str]) -> tuple:
-        """An exchange of one of the kinds, by their weights, with its question as people type it."""
+    def kind(self, kinds: dict[str, float], before: tuple | None) -> str:
+        """One of the kinds, by their weights; none that goes on from a turn before where there was none."""
         weights = [0 if kind in ("then", "other") and not before else weight for kind, weight in kinds.items()]
+        return self.rng.choices(list(kinds), weights)[0]
+
+    def asked(self, kinds: dict[str, float], before: tuple | None, kept_back: Set[str]) -> tuple:
+        """An exchange of one of the kinds, with its question as people type it."""
         while True:
-            [kind] = self.rng.choices(list(kinds), weights)
-            question, *others = self.exchange(kind, before)
+            question, *others = self.exchange(self.kind(kinds, before), before)
             question = typed(question, self.rng, self.phrases["typed"], self.haste)
             if letters_of(question) not in kept_back:
                 return question, *others
@@ -629,10 +637,9 @@ def conversations(world: list[dict], phrases: dict, rng: random.Random, count: i
     for number in range(count):
         root = last = before = None
         for turn in range(turns := rng.choices((1, 2, 3, 4), (1, 3, 4, 2))[0]):
-            kinds = {"ask": 5, "then": 8 * bool(before), "other": 7 * bool(before), "who": 0.8, "whether": 1.8,
-                     "compare": 0.5, "unknown": 1.2, "strange": 0.35, "beyond": 0.5,
-                     "talk": 2 if turn == 0 else 1.5 if turn == turns - 1 else 0.3}
-            [kind] = rng.choices(list(kinds), list(kinds.values()))
+            kinds = {"ask": 5, "then": 8, "other": 7, "who": 0.8, "whether": 1.8, "compare": 0.5, "unknown": 1.2,
+                     "strange": 0.35, "beyond": 0.5, "talk": 2 if turn == 0 else 1.5 if turn == turns - 1 else 0.3}
+            kind = talk.kind(kinds, before)
             question, good, bad, before = talk.asked({kind: 1}, before, kept_back)
             if rng.random() < ASIDE.get(kind, 0):
                 bad = [talk.beside_the_point(kind, good), *bad[:-1]]
@@ -851,8 +858,11 @@ def main(cfg: Config) -> None:
     if cfg.quick:
         not_given = [name for name in QUICK if getattr(cfg, name) == getattr(Config, name)]
         cfg = replace(cfg, **{name: QUICK[name] for name in not_given})
-    for reading in (cfg, cfg.again()):
-        Run("documents", reading).look() if cfg.model and not cfg.show else reading.look()
+    if cfg.model and not cfg.show:
+        for reading in (cfg, cfg.again()):
+            Run("documents", reading).look()
+    else:
+        cfg.look()
     world, phrases = read_world()[:cfg.occupations], read_phrases()
     if cfg.show:
         return print("\n\n---\n\n".join(itertools.islice(documents(world, phrases, random.Random(cfg.seed)), cfg.show)))

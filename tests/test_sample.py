@@ -428,10 +428,11 @@ def test_what_was_made_is_made_anew_and_what_was_not_is_left_alone(tmp_path, mon
     make.main(cfg)
     before = content(tmp_path / "made")
     refused = [{"seed": -1}, {"trees": 0}, {"n_embd": 31}, {"row": 0}, {"show": -1}, {"lr": float("inf")},
-               {"tracker": "wandb"}, {"device": "meta"}, {"n_layer": 0}]
+               {"tracker": "wandb"}, {"device": "meta"}, {"n_layer": 0}, {"more_steps": 0}, {"more_lr": 0.0},
+               {"start": "nowhere"}]
     monkeypatch.setitem(sys.modules, "wandb", None)
     for change in refused:
-        with pytest.raises(ValueError):
+        with pytest.raises(FileNotFoundError if "start" in change else ValueError):
             make.main(replace(cfg, **{"trees": 4, "overwrite": True} | change))
         assert content(tmp_path / "made") == before, change
     make.main(replace(cfg, trees=4, seed=1, overwrite=True))
