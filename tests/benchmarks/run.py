@@ -144,7 +144,8 @@ def busy(cfg: Config, folder: Path) -> None:
     sft, base = str(work / "sft"), str(work / "base")
     stages = {"sft.py": (["sft.py", *silent, "--steps", "60", "--out", sft], sft),
               "dpo.py": (["dpo.py", *silent, "--steps", "20", "--model", sft, "--out", f"{work}/dpo"], work / "dpo"),
-              "make.py": (["sample/make.py", *alone, "--steps", "30", "--to", str(work / "to"), "--out", base], base)}
+              "make.py": (["sample/make.py", *alone, "--steps", "30", "--more-steps", "10", "--to", str(work / "to"),
+                           "--out", base], base)}
     found: dict[str, dict] = {name: {"idle": [], "busy": []} for name in [*stages, "chat"]}
     for _ in range(cfg.repeats):
         for state in ("idle", "busy"):
