@@ -180,7 +180,7 @@ def test_to_stop_is_no_repetition():
 def test_a_pipeline_that_starts_moved_ends_moved(precision, few, tmp_path, monkeypatch):
     """SFT, then DPO: losses, rewards and what is left on the disk."""
     monkeypatch.setattr(train, "plot_curves", lambda folders, path: None)
-    how = {"data": (f"oasst1:{few}",), "checks": "", "prompts": (), "precision": precision, "steps": 3, "batch_size": 8,
+    how = {"data": (f"oasst1:{few}",), "checks": "", "prompts": (), "precision": precision, "steps": 2, "batch_size": 4,
            "eval_every": 0, "save_every": 0, "lr": 1e-3, "lora_rank": 4, "val_fraction": 0.1}
     found = {}
     for by in (0, -100):
@@ -237,7 +237,7 @@ def logprobs_of_logits(gpt, batch):
 def test_one_thread_and_two_give_the_same_gradients_bit_for_bit(precision, adapted, chats, few):
     threads, found = torch.get_num_threads(), []
     pairs = data.load_pairs([f"oasst1:{few}"], data.Reading(val_fraction=0)).train
-    batches = [train.to_device(data.pack(rows, range(16)), torch.device("cpu")) for rows in (chats, pairs)]
+    batches = [train.to_device(data.pack(rows, range(6)), torch.device("cpu")) for rows in (chats, pairs)]
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
