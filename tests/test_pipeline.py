@@ -53,7 +53,7 @@ def test_dpo_teaches_to_say_more_and_nothing_wrong(exam, found):
     assert found["dpo"]["metrics"]["val_reward_accuracy"] >= 0.88
 
 
-def test_the_curves_have_no_jumps(folder):
+def test_the_curves_have_no_jumps(found, folder):
     """From the tenth step on, no step's loss is far from the mean of the ten before.
 
     A step of SFT is 14 conversations: one in hundreds is nearly all small talk, with examples that nobody foresees.
