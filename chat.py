@@ -151,6 +151,7 @@ class Session:
         self.hidden = False  # whether names are, because a blind vote is due
         self.luck = random.Random(cfg.seed)  # deals out left and right
         self.choice: list[data.Conversation] = []  # what /prefer chooses from
+        self.corrected: data.Conversation = []  # ends in a reply that the person wrote
         self.reference: Chat | None = None  # another model, which /why asks
         self.told_of_overflow = False
 
@@ -596,6 +597,7 @@ def correct(session: Session, argument: str) -> None:
         better = [*chat.messages[:-1], {"role": "assistant", "content": text}]
         if better != chat.messages:
             keep_pair(session, better, chat.messages, models=["you", chat.name], vote="correction")
+            session.corrected = better
             say_standing(session)
 
     session.draft, session.then = as_draft(chat.last_reply), keep
@@ -857,6 +859,8 @@ def vote(session: Session, word: str) -> None:
     left, right = session.choice
     side = side if left != right else "neither"
     names = [chat.name for chat in session.chats] * (2 // len(session.chats))
+    if left == session.corrected:  # and answered again
+        names[0] = "you"
     better, worse, in_order = (right, left, names[::-1]) if side == "right" else (left, right, names)
     tie = {"other": right[-1:]} if side == "neither" else {}
     keep_pair(session, better, better if tie else worse, models=in_order, vote=side, blind=session.hidden, **tie)

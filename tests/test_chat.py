@@ -1244,6 +1244,9 @@ def test_correct(terminal):
     assert row["chosen"] == [terminal.messages()[1]] and row["rejected"] == [wrong]
     assert row["models"] == ["you", "runs/dpo"] and row["vote"] == "correction" and "against" not in shown
     assert command_shown(shown, "dpo").data == ("preferences.jsonl",)
+    terminal.say("/retry")
+    terminal.say("/prefer left")
+    assert preferences(terminal)[1]["models"] == ["you", "runs/dpo"] and terminal.messages()[1] == row["chosen"][0]
 
 
 def test_a_correction_given_up_leaves_all_as_it_was(terminal):
