@@ -161,6 +161,11 @@ class Session:
             raise ValueError("Nothing has been said yet.")
         return asked[-1]["content"]
 
+    def must_have_voted(self) -> None:
+        """Refuse what would tell which model is which, as its size does."""
+        if self.hidden:
+            raise ValueError("Vote first: /prefer left, right or neither.")
+
     def begin(self, messages: data.Conversation) -> None:
         """Go on from these messages instead."""
         self.system = list(takewhile(lambda message: message["role"] == "system", messages))
@@ -635,8 +640,7 @@ def why(session: Session, argument: str) -> None:
     one of /compare or the one that the run began from, it also shows which words are likelier now: log pi - log pi_ref,
     whose sum times beta is DPO's reward. With a TEXT, all this of the text, as if that had been the reply.
     """
-    if session.hidden:
-        raise ValueError("Vote first: /prefer left, right or neither.")
+    session.must_have_voted()
     policy, reference, beta = judges(session)
     reply = {"role": "assistant", "content": argument or policy.last_reply}
     messages = [*session.system, *up_to_question(policy.messages), reply]
@@ -738,6 +742,7 @@ def read(session: Session, argument: str) -> None:
 @command
 def stats(session: Session, argument: str) -> None:
     """show the model, how full its context is, and its speed"""
+    session.must_have_voted()
     for chat in session.chats:
         gpt, s = chat.gpt, chat.stats
         about = [f"{chat.parameters / 1e6:,.1f}M parameters ({gpt.config.n_layer} layers, {gpt.config.n_embd} wide), "
@@ -859,7 +864,7 @@ def vote(session: Session, word: str) -> None:
     left, right = session.choice
     side = side if left != right else "neither"
     names = [chat.name for chat in session.chats] * (2 // len(session.chats))
-    if left == session.corrected:  # and answered again
+    if len(session.chats) == 1 and left == session.corrected:
         names[0] = "you"
     better, worse, in_order = (right, left, names[::-1]) if side == "right" else (left, right, names)
     tie = {"other": right[-1:]} if side == "neither" else {}

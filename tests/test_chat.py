@@ -1269,7 +1269,8 @@ def test_a_blind_vote(programs):
     blind.say("/new")
     blind.say("/set temperature 0")
     shown = blind.say("Hello") + blind.say("\x15/stats") + blind.say("/prefer") + blind.say("\x15/why")
-    assert re.search(r"\[left\] +\| \[right\]", shown) and "Vote first" in shown and "runs/" not in shown
+    assert re.search(r"\[left\] +\| \[right\]", shown) and shown.count("Vote first") == 2
+    assert "runs/" not in shown and "parameters" not in shown
     shown = " ".join(blind.say("/prefer right").split())
     row, = preferences(blind, "blind.jsonl")
     mark = {"runs/sft": "seventeen.", "runs/dpo": "seventeen!"}
