@@ -821,10 +821,10 @@ def words_met(gpt) -> np.ndarray:
     return np.flatnonzero(count[row] == 1)
 
 
-def read(gpt, rows: data.Data, cfg: Config) -> None:
-    """Train the model on rows of documents, in place."""
+def read(gpt, name: str, rows: data.Data, cfg: Config) -> None:
+    """Train the model, so called, on rows of documents, in place."""
     with Run("documents", cfg) as run:
-        run.about["model"] = {"name": "new", "parameters": sum(p.numel() for p in gpt.parameters()),
+        run.about["model"] = {"name": name, "parameters": sum(p.numel() for p in gpt.parameters()),
                               "sha256": weights_sha256(gpt.state_dict())}
         gpt.to(run.device)
         begin(gpt, rows, cfg, run)
@@ -840,12 +840,12 @@ def pretrain(world: list[dict], phrases: dict, kept_back: Set[str], cfg: Config)
     else:
         rows, vocabulary = read_documents(FIRST, world, phrases, kept_back, np.arange(0), cfg)
         gpt = newborn(len(vocabulary), cfg)
-        read(gpt, rows, cfg)
+        read(gpt, "new", rows, cfg)
         gpt = with_all_words(gpt, vocabulary)
     again = cfg.again()
     rows, vocabulary = read_documents(SECOND, world, with_more(phrases), kept_back, words_met(gpt), again)
     gpt = with_words(gpt, vocabulary)
-    read(gpt, rows, again)
+    read(gpt, cfg.start or cfg.out, rows, again)
     with_all_words(gpt, vocabulary).save_pretrained(Path(cfg.to) / "model", dtype=torch.float16)
     for folder in (cfg.out, again.out):
         discard(Path(folder) / REPLACED)
