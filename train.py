@@ -463,13 +463,13 @@ class Run:
         # words wrap in a window, and nothing does in a pipe; names and replies are text, brackets or not
         terminal = sys.stdout.isatty()
         self.console = Console(soft_wrap=not terminal, width=None if terminal else 200, markup=False, emoji=False)
-        with self.busy("loading PyTorch") if "torch" not in sys.modules else contextlib.nullcontext():
+        self.signal = 0
+        self.training = False  # in the loop
+        with self.loading_torch() if "torch" not in sys.modules else contextlib.nullcontext():
             self.device = model.pick_device(cfg.device)
         self.dtype = torch.bfloat16 if model.pick_precision(cfg.precision, self.device) == "bf16" else torch.float32
         self.again = "run the same command again" + ", without --overwrite," * cfg.overwrite  # which would begin anew
         self.checks: list[data.Check] = []
-        self.signal = 0
-        self.training = False  # in the loop
         self.updating = False  # the weights are between two steps, of which neither can be saved
         self.seen_finite = -1  # the step after which the model was last seen to compute numbers
         self.last_batch: list[data.Batch] = []  # one of the last step's, to see that with where there is no other
@@ -479,6 +479,16 @@ class Run:
         self.model_folder = Path()  # where the model to train is, on this disk: the Hub is asked once
         # run.json: stage, config, versions, model, data, trainable, before, seconds, after, metrics, best, finished
         self.about: dict = {"stage": stage, "config": asdict(cfg), "versions": versions(self.device)}
+
+    @contextlib.contextmanager
+    def loading_torch(self):
+        """Ctrl-C as elsewhere outside the loop: what PyTorch imports may take a KeyboardInterrupt for its own."""
+        handler = signal.signal(signal.SIGINT, self._on_signal)
+        try:
+            with self.busy("loading PyTorch"):
+                yield
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
     def look(self) -> None:
         """Refuse what can be seen to fail; nothing is written yet."""

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyte
@@ -225,10 +226,12 @@ def test_ctrl_c_saves_says_so_and_the_same_command_goes_on(scenes, place):
     assert (place / "stopped" / "checkpoints" / f"step-{int(last[1]):08d}" / "manifest.json").is_file()
 
 
-def test_ctrl_c_outside_the_loop_ends_at_once(place, tiny_model):
-    """While it loads: nothing to save, no traceback, and the folder can be used again."""
+@pytest.mark.parametrize("after", [0, 0.3, 0.6])
+def test_ctrl_c_outside_the_loop_ends_at_once(place, tiny_model, after):
+    """While it loads, PyTorch too: nothing to save, no traceback, and the folder can be used again."""
     scene = Terminal("sft.py", "--model", str(tiny_model), "--data", "chats.jsonl", "--out", "early", cwd=place)
-    scene.see("loading ")
+    scene.see("loading PyTorch")
+    time.sleep(after)
     scene.child.kill(signal.SIGINT)
     assert scene.leave() == 130 and "Traceback" not in scene.text
     assert not (place / "early" / "checkpoints").exists()
