@@ -218,7 +218,7 @@ def orpo(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
 
 
 def hinge(chosen: Replies, rejected: Replies, cfg: Config) -> torch.Tensor:
-    """max(0, 1 - beta (logratio_w - logratio_l)): a margin of 1 / beta, and nothing to learn from pairs beyond it.
+    """max(0, 1 - beta (logratio_w - logratio_l)): a reward margin of 1, and nothing to learn from pairs beyond.
 
     Liu et al. 2023 (RSO), https://arxiv.org/abs/2309.06657, their hinge-norm: SLiC's loss on DPO's log-ratios.
     """

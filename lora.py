@@ -194,8 +194,9 @@ def load_adapters(model: nn.Module, folder: str | Path) -> None:
         if key not in APPLIED | WITHOUT_EFFECT and value and value not in PLAIN.get(key, ()):
             raise ValueError(f"'{folder}': {key} = {value!r} is not plain LoRA, which is all that is read here")
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    tensors = {key.removeprefix("base_model.model.").removeprefix("transformer.").removesuffix(".weight"): tensor
-               for key, tensor in tensors.items()}
+    tensors = {key.removeprefix("base_model.model.").removesuffix(".weight"): tensor for key, tensor in tensors.items()}
+    inside = "transformer." * any(key.startswith("transformer.") for key in tensors)  # not of a bare GPT2Model
+    tensors = {key.removeprefix(inside): tensor for key, tensor in tensors.items()}
     names = sorted({name.partition(".lora_")[0] for name in tensors})
     trained_on = f".\nIt was trained on {about.get('base_model_name_or_path') or 'a model without a name'}: see --model"
     if not names:
@@ -203,8 +204,8 @@ def load_adapters(model: nn.Module, folder: str | Path) -> None:
     if strangers := [name for name in names if name not in linear]:
         raise ValueError(f"'{folder}' adapts '{strangers[0]}', which this model does not have{trained_on}")
     try:
-        rank = {name: int(_setting(about, "r", "rank_pattern", name)) for name in names}
-        alpha = {name: float(_setting(about, "lora_alpha", "alpha_pattern", name)) for name in names}
+        rank = {name: int(_setting(about, "r", "rank_pattern", inside + name)) for name in names}
+        alpha = {name: float(_setting(about, "lora_alpha", "alpha_pattern", inside + name)) for name in names}
         dropout = float(about.get("lora_dropout") or 0.0)
     except (TypeError, ValueError, AttributeError, re.error) as error:
         raise ValueError(f"'{folder}' is not a readable PEFT adapter: {error}") from None
@@ -231,7 +232,7 @@ def load_adapters(model: nn.Module, folder: str | Path) -> None:
 def _setting(about: dict, key: str, pattern: str, name: str) -> float:
     """Of a layer: that of the first pattern which its name ends with, as PEFT matches them, or else the usual one."""
     return next((value for end, value in (about.get(pattern) or {}).items()
-                 if re.match(rf"(.*\.)?({end})$", f"transformer.{name}")), about[key])
+                 if re.match(rf"(.*\.)?({end})$", name)), about[key])
 
 
 def _read_peft(folder: Path) -> tuple[dict, dict[str, Tensor]]:

@@ -304,16 +304,16 @@ class KVCache:
 
 def choose(logits: Tensor, seen: list[int], temperature: float, top_k: int, top_p: float, min_p: float,
            repetition_penalty: float, generator: torch.Generator, stop: int | None = None) -> int:
-    """Draw the next id from (V,) logits; temperature 0 takes the likeliest."""
+    """Draw the next id from (V,) logits; a temperature of 0, or next to it, takes the likeliest."""
     logits = logits.float().cpu()
     if repetition_penalty != 1.0 and seen:
-        # Keskar et al. 2019 (CTRL), section 4.1: divide a seen token's logit, or multiply it where it is negative; to
-        # stop is no repetition
+        # Keskar et al. 2019 (CTRL), section 4.1, divide a seen token's logit; where it is negative it is multiplied, as
+        # in transformers. To stop is no repetition
         place = torch.tensor(sorted(set(seen) - {stop}), dtype=torch.long)
         logits = logits.clone()
         logits[place] = torch.where(logits[place] > 0, logits[place] / repetition_penalty,
                                     logits[place] * repetition_penalty)
-    if temperature == 0:
+    if temperature < 1e-6:  # logits divided by less may overflow, and one token has all the probability
         return int(logits.argmax())
     logits = logits / temperature
     if 0 < top_k < len(logits):
@@ -619,9 +619,10 @@ def generate_batch(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, stop
                    rows: int = 128, cached: int = 16384, advance=lambda prompts: None) -> list[list[int]]:
     """The likeliest continuation of every prompt, many at a time; one that ended by itself ends with `stop`.
 
-    The window does not slide here: a reply also ends where prompt and reply fill the model's positions. At once go at
-    most `rows` prompts, and so many that the cache has `cached` positions for all of them together. advance is told
-    how many more are done: after each token, a share of those at work.
+    The window does not slide here: a reply also ends where prompt and reply fill the model's positions, with a
+    last token that none is predicted from. At once go at most `rows` prompts, and so many that the cache has `cached`
+    positions for all of them together. advance is told how many more are done: after each token, a share of those at
+    work.
     """
     replies: list[list[int]] = [[] for _ in prompts]
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -654,7 +655,7 @@ def generate_batch(gpt: GPT, prompts: list[list[int]], max_new_tokens: int, stop
 def for_generation(gpt: GPT, precision: str) -> GPT:
     """The model in fp32, or with its large matrices rounded to bf16 or int8, which are read sooner: not to be trained.
 
-    The residual stream, norms and biases stay in fp32, as in training: GPT-2's stream has a few values hundreds of
+    The residual stream and the norms stay in fp32, as in training: GPT-2's stream has a few values hundreds of
     times as large as the others. Raises ValueError for int8 on anything but a CPU.
     """
     if precision == "int8" and gpt.device.type != "cpu":

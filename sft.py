@@ -55,7 +55,7 @@ PRESETS = {
     # adapters: twice as fast where the vocabulary is most of the model, and what the base model knows of occupations
     # that no conversation mentions survives them better than training all weights; all its numbers were measured here
     "sample": {"steps": 900, "batch_size": 14, "lr": 2e-3, "lora_rank": 32, "lora_alpha": 64.0, "reply_tokens": 64},
-    # a laptop: LoRA halves time and memory (2.2 GB in fp32). Rate: [K] by [L]. An epoch of OASST1's some 20,000 English
+    # a laptop: LoRA takes two thirds of time and memory. Rate: [K] by [L]. An epoch of OASST1's some 20,000 English
     # threads, in steps of 16, for LoRA likes large ones less [L]: 16 hours on two cores. Rank: to be measured
     "gpt2": REAL | {"model": "gpt2", "lr": 1e-3, "lora_rank": 16, "batch_size": 16, "steps": 1400,
                     "data": ("oasst1", "everyday-conversations"), "context": 512, "eval_every": 100, "save_every": 50,

@@ -354,6 +354,22 @@ def test_adapters_made_by_peft_give_the_same_here(base_folder, settings, tmp_pat
     close(ours(TOKENS), theirs.merge_and_unload()(TOKENS).logits, 1e-4)
 
 
+def test_patterns_of_a_bare_gpt2_model_match_its_own_names(base_folder, tmp_path):
+    """Without the head its layers are h.0 ..., and so PEFT anchors patterns there."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Model
+
+    theirs = get_peft_model(GPT2Model.from_pretrained(base_folder), LoraConfig(
+        r=4, lora_alpha=4, target_modules=["c_attn"], fan_in_fan_out=True, rank_pattern={"^h.1.attn.c_attn": 2},
+        alpha_pattern={"^h.3.attn.c_attn": 50}))
+    train_adapters(theirs)
+    theirs.eval().save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(base_folder).eval()
+    load_adapters(ours, tmp_path)
+    hidden = theirs(TOKENS).last_hidden_state
+    close(ours(TOKENS), hidden @ ours.wte.weight.T, 1e-4)
+
+
 @pytest.mark.parametrize("settings", [{}, {"rslora": True}, {"targets": ("c_attn",), "rank": 1, "dropout": 0.25},
                                       {"targets": ("h.1.attn.c_proj", "h.11.mlp.c_fc"), "rank": 3, "rslora": True}])
 def test_adapters_saved_here_give_the_same_in_peft(base_folder, settings, tmp_path):

@@ -777,12 +777,19 @@ def drawn_from(logits: torch.Tensor, seen=(), temperature=1.0, top_k=0, top_p=1.
     ({"min_p": 0.25}, [10 / 17, 4 / 17, 3 / 17, 0, 0]),    # at least 0.25 * 0.5 = 0.125
     ({"min_p": 1.0}, [1, 0, 0, 0, 0]),
     ({"temperature": 0.5, "top_k": 2}, [25 / 29, 4 / 29, 0, 0, 0]),                 # squares: 25 to 4
+    ({"temperature": 1e-6}, [1, 0, 0, 0, 0]),
     ({"temperature": 2.0, "top_k": 2}, [5**.5 / (5**.5 + 2**.5), 2**.5 / (5**.5 + 2**.5), 0, 0, 0]),
     ({"top_k": 3, "top_p": 0.75}, [5 / 7, 2 / 7, 0, 0, 0]),          # of the 0.85 that top_k leaves, 0.7 is 82 %
     ({"temperature": 0.5, "min_p": 0.05}, [100 / 125, 16 / 125, 9 / 125, 0, 0]),  # the fourth: (1/5)^2 = 0.04 as likely
 ])
 def test_filters_worked_by_hand(filters, expected):
     assert drawn_from(torch.tensor(HALVES).log(), **filters) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-38])
+def test_next_to_temperature_0_the_likeliest_is_taken(temperature):
+    logits = torch.tensor([-90.0, -100.0, -110.0])  # divided by any of them: infinite
+    assert choose(logits, [], temperature, 0, 1.0, 0.0, 1.0, torch.Generator()) == 0
 
 
 def test_filters_do_not_depend_on_the_order_of_the_vocabulary():
