@@ -31,12 +31,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count, takewhile
+from itertools import count, takewhile, zip_longest
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import tyro
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len, chop_cells, set_cell_size
 
 import data
 from data import exchanges, lazy, run_script
@@ -94,7 +94,7 @@ def check(cfg: Config) -> None:
         raise ValueError("--prompts has the questions of a blind comparison: --blind runs/sft runs/dpo --prompts FILE")
     if cfg.prompt is not None and cfg.words:
         raise ValueError(f"--prompt is asked alone: leave out the words {shlex.join(cfg.words)[:80]}, or --prompt")
-    if not (folder := Path(cfg.preferences).expanduser().parent).is_dir():
+    if not (folder := at_home(cfg.preferences).parent).is_dir():
         raise ValueError(f"--preferences {cfg.preferences}: there is no folder {folder}")
     if len(cfg.words) == 1 and Path(cfg.words[0], "config.json").is_file():
         raise ValueError(f"'{cfg.words[0]}' is a model: uv run chat.py --model {shlex.quote(cfg.words[0])}")
@@ -151,7 +151,8 @@ class Session:
         self.hidden = False  # whether names are, because a blind vote is due
         self.luck = random.Random(cfg.seed)  # deals out left and right
         self.choice: list[data.Conversation] = []  # what /prefer chooses from
-        self.corrected: data.Conversation = []  # ends in a reply that the person wrote
+        self.authors: list[str] = []  # who wrote the replies to choose from
+        self.author = ""  # who wrote the last reply, where one model answers
         self.reference: Chat | None = None  # another model, which /why asks
         self.told_of_overflow = False
 
@@ -168,6 +169,7 @@ class Session:
 
     def begin(self, messages: data.Conversation) -> None:
         """Go on from these messages instead."""
+        self.author, self.hidden = "a saved conversation", False
         self.system = list(takewhile(lambda message: message["role"] == "system", messages))
         for chat in self.chats:
             chat.messages, chat.stats, chat.retries = messages[len(self.system):], Stats(), 0
@@ -183,6 +185,7 @@ class Session:
         if self.blind:
             self.luck.shuffle(self.chats)
         before, again, answered = [c.messages for c in self.chats], instead and text == self.last_question, False
+        author = self.author
         try:
             if instead:
                 self.take_back()
@@ -196,7 +199,10 @@ class Session:
                 chat.messages = chat.messages if answered else messages
             self.hidden = self.hidden and answered
         if answered:
-            self.choice = [*before[:again and len(before) == 1], *(chat.messages for chat in self.chats)]
+            two = again and len(before) == 1
+            self.choice = [*before[:two], *(chat.messages for chat in self.chats)]
+            self.authors = [*[author][:two], *(chat.name for chat in self.chats)]
+            self.author = self.chats[0].name
             self.draft = "/prefer " if self.hidden else ""
 
     def answer(self) -> bool:
@@ -208,9 +214,10 @@ class Session:
             self.told_of_overflow = True
             self.screen.say(f"(the conversation has outgrown the {self.chats[0].gpt.config.n_positions:,} tokens that "
                             "the model reads at once: it no longer sees the oldest exchanges)", "note")
+        cfg = replace(self.cfg, verbose=self.cfg.verbose and not self.hidden)  # speed tells which model it is
         with reply_in_progress(self.screen) as stopped:
             texts = show_replies(self.screen, list(map(self.title, self.chats)),
-                                 [(chat.reply(self.system, self.cfg), chat) for chat in self.chats], stopped)
+                                 [(chat.reply(self.system, cfg), chat) for chat in self.chats], stopped)
         for chat, text in zip(self.chats, texts, strict=True):
             chat.messages = [*chat.messages, {"role": "assistant", "content": text}]
         if not any(texts):
@@ -243,9 +250,9 @@ class Session:
         lines = ""
         for chat in self.chats:
             answered = [message for turn in exchanges(chat.messages)
-                        if turn[-1]["role"] == "assistant" and turn[-1]["content"] for message in turn]
+                        if any(m["role"] == "assistant" and m["content"] for m in turn) for message in turn]
             if answered:
-                lines += json.dumps({"messages": self.system + answered}, ensure_ascii=False) + "\n"
+                lines += as_line(self.system + answered)
         return lines
 
     def show(self) -> None:
@@ -258,6 +265,7 @@ class Session:
     def run(self) -> None:
         """Read, answer, repeat."""
         self.unsaved = Unsaved()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of prompt_toolkit, which resets the terminal
         if any(of_the_sample(chat.name) for chat in self.chats):
             self.screen.say("Made from the bundled sample, which is about occupations and little else. "
                             "Try: What does a tailor do?", "note")
@@ -575,7 +583,7 @@ def retry(session: Session, argument: str) -> None:
 @command
 def undo(session: Session, argument: str) -> None:
     """take back the last message and its answer"""
-    question = session.last_question
+    question, session.hidden = session.last_question, False
     session.take_back()
     session.screen.say(f"(taken back: {textwrap.shorten(question, 60, placeholder=' ...')})", "note")
 
@@ -602,7 +610,7 @@ def correct(session: Session, argument: str) -> None:
         better = [*chat.messages[:-1], {"role": "assistant", "content": text}]
         if better != chat.messages:
             keep_pair(session, better, chat.messages, models=["you", chat.name], vote="correction")
-            session.corrected = better
+            session.author = "you"
             say_standing(session)
 
     session.draft, session.then = as_draft(chat.last_reply), keep
@@ -715,11 +723,12 @@ def load(session: Session, argument: str) -> None:
     The last of the file, or that of the line. Alone, with what an earlier chat left unsaved.
     """
     name, _, line = argument.rpartition(" ")
-    name, line = (name, int(line)) if name and line.isdecimal() and int(line) else (argument, 0)
-    lost = session.unsaved.offered if not argument else []
+    name, line = (name, int(line)) if name and re.fullmatch("[1-9][0-9]{0,8}", line) else (argument, 0)
+    lost = session.unsaved.offered[:1] if not argument else []
     found = lost or read_conversations(file_named(name))
     if not found or line > len(found):
         raise ValueError(f"{name} has no more than {len(found):,}.")
+    session.unsaved.make_room(session.lines(), lost)
     session.begin(found[line - 1])
     session.unsaved.saved = "" if lost else session.lines()
     session.show()
@@ -792,7 +801,7 @@ def compare(session: Session, argument: str) -> None:
 @command
 def exit_(session: Session, argument: str) -> None:
     """leave; what is not saved is forgotten (Ctrl-D keeps it)"""
-    session.unsaved.saved = session.lines()
+    session.unsaved.saved, session.unsaved.aside = session.lines(), ""
     raise EOFError
 
 
@@ -863,12 +872,11 @@ def vote(session: Session, word: str) -> None:
         raise ValueError(f"'{word}' is no vote; it is left, right or neither.")
     left, right = session.choice
     side = side if left != right else "neither"
-    names = [chat.name for chat in session.chats] * (2 // len(session.chats))
-    if len(session.chats) == 1 and left == session.corrected:
-        names[0] = "you"
+    names = session.authors
     better, worse, in_order = (right, left, names[::-1]) if side == "right" else (left, right, names)
     tie = {"other": right[-1:]} if side == "neither" else {}
     keep_pair(session, better, better if tie else worse, models=in_order, vote=side, blind=session.hidden, **tie)
+    session.author = in_order[0]
     who = f"; left is {names[0]}, right is {names[1]}" if len(session.chats) == 2 else ""
     session.screen.say(f"(preferred: {side}{', they are the same' if left == right else ''}{who})", "note")
 
@@ -950,10 +958,17 @@ def questions(path: Path) -> list[data.Conversation]:
 def file_named(argument: str) -> Path:
     if not argument:
         raise ValueError("Name a file, such as chats.jsonl")
-    path = Path(argument).expanduser()
+    path = at_home(argument)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file.")
     return path
+
+
+def at_home(name: str) -> Path:
+    """The path, with what ~ stands for; as it is written where that is nobody's home."""
+    with suppress(RuntimeError):
+        return Path(name).expanduser()
+    return Path(name)
 
 
 def what_stands_in(path: Path, count_rows: Callable[[], int]) -> bytes:
@@ -983,6 +998,10 @@ def add_lines(path: Path, lines: str, count_rows: Callable[[], int]) -> int:
             file.truncate(end)
             raise
     return count_rows()
+
+
+def as_line(messages: data.Conversation) -> str:
+    return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
 
 
 def read_conversations(path: Path) -> list[data.Conversation]:
@@ -1027,6 +1046,7 @@ class Unsaved:
 
     def __init__(self):
         self.saved = self.kept = ""  # what needs no keeping; what the file holds of this chat
+        self.aside = ""  # other conversations that it holds, since /load took one
         self.offered, self.file = [], None
         files = [folder / f"unsaved-{n}.jsonl" for n in range(9)] if (folder := state_folder()) else []
         for file in sorted(files, key=lambda file: not file.exists()):
@@ -1036,11 +1056,17 @@ class Unsaved:
                 self.file = file
                 break
         with suppress(OSError, ValueError):
-            self.offered = read_conversations(self.file)[:1] if self.file and self.file.exists() else []
+            self.offered = read_conversations(self.file) if self.file and self.file.exists() else []
+
+    def make_room(self, lines: str, taken: list[data.Conversation]) -> None:
+        """For one of those that were offered, or of a file: what was said, if it is not saved, is offered in turn."""
+        said = [] if lines == self.saved else [json.loads(line)["messages"] for line in lines.split("\n") if line]
+        self.offered = self.offered[len(taken):] + said
+        self.aside = "".join(map(as_line, self.offered))
 
     def keep(self, lines: str) -> None:
         """Have the file hold this conversation, unless it is saved."""
-        lines = "" if lines == self.saved else lines
+        lines = ("" if lines == self.saved else lines) + self.aside
         if not self.file or lines == self.kept:
             return
         with suppress(OSError):  # a full disk must not end the conversation
@@ -1302,7 +1328,8 @@ def show_columns(screen: Screen, titles: list[str], sides: list[Column], stopped
     """
     def beside(cells: Iterable[str]) -> str:
         width = screen.column(len(sides))
-        return BETWEEN.join(set_cell_size(cell, width) for cell in cells).rstrip(" ")
+        parts = zip_longest(*(chop_cells(cell, width) or [""] for cell in cells), fillvalue="")  # narrower than before?
+        return "\n".join(BETWEEN.join(set_cell_size(part, width) for part in row).rstrip(" ") for row in parts)
 
     screen.write(screen.paint(beside(f"[{title}]"[:screen.column(len(sides))] for title in titles), "label") + "\n")
     lines_shown = 0

@@ -414,7 +414,7 @@ def session(folder, monkeypatch, *lines, **settings):
     monkeypatch.chdir(folder)
     cfg = {"temperature": 1.0, "min_p": 0.0, "max_new_tokens": 8, "seed": 7} | settings
     talk = chat.Session(chat.Config(**cfg), chat.Screen(), ["random"])
-    talk.unsaved = SimpleNamespace(saved="")
+    talk.unsaved = SimpleNamespace(saved="", offered=[], make_room=lambda *_: None)
     for line in lines:
         talk.handle(line)
     return talk
@@ -649,6 +649,56 @@ def test_what_was_not_saved_is_kept_for_the_next_chat_alone(tmp_path, monkeypatc
     assert len([*(tmp_path / "gpt2-chat").glob("unsaved-*.jsonl")]) == 1
     monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
     chat.Unsaved().keep(lines)  # nothing can be written, and nothing goes wrong
+
+
+def test_load_loses_nothing_of_what_is_not_saved(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    before = chat.Unsaved()
+    before.keep(chat.as_line(turns(1)) + chat.as_line(turns(2)))  # two models had answered
+    del before
+    talk = session(folder, monkeypatch, "Important\u2028")
+    talk.unsaved = chat.Unsaved()
+    said = [talk.chats[0].messages]
+    for _ in range(3):  # round
+        talk.handle("/load")
+        said.append(talk.chats[0].messages)
+        talk.unsaved.keep(talk.lines())
+    assert said == [said[3], turns(1), turns(2), said[3]]
+    file, = (tmp_path / "gpt2-chat").glob("unsaved-*.jsonl")
+    assert chat.read_conversations(file) == [said[3], turns(1), turns(2)]
+    talk.unsaved = None  # as when the process ends
+    assert chat.Unsaved().offered == [said[3], turns(1), turns(2)]
+
+
+def test_an_exchange_before_a_system_message_is_saved_too(folder, monkeypatch, tmp_path):
+    messages = [*turns(1), {"role": "system", "content": "Be brief."}, *turns(1)]
+    (file := tmp_path / "talk.jsonl").write_text(chat.as_line(messages))
+    talk = session(folder, monkeypatch, f"/load {file}")
+    assert json.loads(talk.lines())["messages"] == messages
+    for line in ("0", "9" * 5000):  # no line of a file
+        with pytest.raises((ValueError, OSError), match=r"talk.jsonl 0|File name too long"):
+            talk.handle(f"/load {file} {line}")
+
+
+def test_nobodys_home(folder, monkeypatch):
+    with pytest.raises(ValueError, match="there is no folder ~nobody-of-this-name"):
+        chat.check(chat.Config(preferences="~nobody-of-this-name/votes.jsonl"))
+
+
+def test_cells_that_have_become_too_wide_are_broken_and_not_cut(capsys):
+    class Narrowed(chat.Screen):
+        def column(self, columns):
+            return 6
+
+    class Written(SimpleNamespace):
+        def step(self, stopped):
+            self.going = False
+
+    sides = [Written(going=True, lines=lines) for lines in (["abcdefgh", ""], ["漢字漢字", "x"])]
+    chat.show_columns(Narrowed(), ["a", "b"], sides, lambda: False)
+    shown = capsys.readouterr().out
+    assert "".join(re.findall("[a-h]", shown.partition("\n")[2])) == "abcdefgh"
+    assert shown.count("漢") == shown.count("字") == 2
 
 
 def test_a_home_is_not_needed(monkeypatch):
@@ -1247,6 +1297,9 @@ def test_correct(terminal):
     terminal.say("/retry")
     terminal.say("/prefer left")
     assert preferences(terminal)[1]["models"] == ["you", "runs/dpo"] and terminal.messages()[1] == row["chosen"][0]
+    for line in ("Hello", "/model runs/sft", "/retry", "/prefer left"):
+        terminal.say(line)
+    assert preferences(terminal)[2]["models"] == ["runs/dpo", "runs/sft"]
 
 
 def test_a_correction_given_up_leaves_all_as_it_was(terminal):
@@ -1268,9 +1321,10 @@ def test_a_blind_vote(programs):
     assert "Offered back." in blind.say("/load") and "\x1b[2J?" not in blind.raw
     blind.say("/new")
     blind.say("/set temperature 0")
+    blind.say("/set verbose on")
     shown = blind.say("Hello") + blind.say("\x15/stats") + blind.say("/prefer") + blind.say("\x15/why")
     assert re.search(r"\[left\] +\| \[right\]", shown) and shown.count("Vote first") == 2
-    assert "runs/" not in shown and "parameters" not in shown
+    assert "runs/" not in shown and "parameters" not in shown and "a second" not in shown
     shown = " ".join(blind.say("/prefer right").split())
     row, = preferences(blind, "blind.jsonl")
     mark = {"runs/sft": "seventeen.", "runs/dpo": "seventeen!"}
@@ -1744,6 +1798,18 @@ def test_interrupting_a_prompt(folder):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and out.endswith(b"\n") and b"Traceback" not in err
+
+
+def test_sigterm_gives_the_terminal_back(folder):
+    import termios
+
+    talk = Terminal(folder, "--model", "endless")
+    talk.see(PROMPT)
+    talk.child.kill(signal.SIGTERM)
+    talk.child.expect(pexpect.EOF)
+    assert termios.tcgetattr(talk.child.child_fd)[3] & termios.ECHO and "Traceback" not in talk.raw
+    talk.child.close()
+    assert talk.child.exitstatus == 143
 
 
 def test_help_needs_no_torch():
