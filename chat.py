@@ -329,6 +329,7 @@ class Chat:
         if not (here := Path(name, "config.json").is_file()):
             model.check_model(name)
         remarks = [data.check_tokenizer(folder) for folder in (name, adapter) if folder]
+        remarks += [lora.check_base(adapter, name)] * bool(adapter)
         self.warning = ". ".join(filter(None, remarks))
 
         def load():

@@ -263,3 +263,11 @@ def base_of(folder: str | Path) -> str:
     places = (place / base for place in (Path(), *Path(folder).absolute().parents))
     return str(next((place for place in places if (place / "config.json").is_file()), base)).removeprefix(
         "openai-community/")
+
+
+def check_base(folder: str | Path, model: str | Path) -> str:
+    """What there is to say of an adapter that names another model than this as the one it was trained on."""
+    base, name = base_of(folder), str(model).removeprefix("openai-community/")
+    if not base or base == name or Path(base).resolve() == Path(name).resolve():
+        return ""
+    return f"{folder} names {base} as the model that it was trained on, and this is {name}"

@@ -671,6 +671,8 @@ class Run:
         for part in [folder, Path(cfg.adapter)] if cfg.adapter else [folder]:
             if remark := data.check_tokenizer(part):
                 self.say(f"note: {remark}.")
+        if cfg.adapter and (remark := lora.check_base(cfg.adapter, spec)):
+            self.say(f"note: {remark}.")
         self.say(f"loading {spec} ...")
         with self.busy("reading the weights"):
             gpt = self.start_model()

@@ -21,6 +21,7 @@ from lora import (
     adapters_disabled,
     add_adapters,
     base_of,
+    check_base,
     load_adapters,
     merge,
     merge_adapters,
@@ -449,6 +450,8 @@ def test_a_model_is_found_by_what_its_adapter_says(tmp_path, monkeypatch):
                         ("project/runs/sft", "project/runs/sft"), ("of/somebody", "of/somebody")):
         save_adapters(gpt, tmp_path / "project" / "runs" / "dpo" / "adapter", base)
         assert base_of("project/runs/dpo/adapter") == found
+        assert check_base("project/runs/dpo/adapter", found) == ""
+        assert f"names {found} as the model" in check_base("project/runs/dpo/adapter", "sample")
 
 
 def test_other_weights_can_be_saved_in_a_models_place(tmp_path):
