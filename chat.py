@@ -329,7 +329,7 @@ class Chat:
         if not (here := Path(name, "config.json").is_file()):
             model.check_model(name)
         remarks = [data.check_tokenizer(folder) for folder in (name, adapter) if folder]
-        remarks += [lora.check_base(adapter, name)] * bool(adapter)
+        remarks += [lora.check_base(adapter, name)] if adapter else []
         self.warning = ". ".join(filter(None, remarks))
 
         def load():
@@ -721,7 +721,8 @@ def save(session: Session, argument: str) -> None:
 def load(session: Session, argument: str) -> None:
     """[FILE [LINE]]: go on with a saved conversation
 
-    The last of the file, or that of the line. Alone, with what an earlier chat left unsaved.
+    The last of the file, or that of the line. Alone, with what an earlier chat left unsaved, and again, with the next;
+    what is not saved here is then offered in turn.
     """
     name, _, line = argument.rpartition(" ")
     name, line = (name, int(line)) if name and re.fullmatch("[1-9][0-9]{0,8}", line) else (argument, 0)
