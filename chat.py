@@ -94,7 +94,7 @@ def check(cfg: Config) -> None:
         raise ValueError("--prompts has the questions of a blind comparison: --blind runs/sft runs/dpo --prompts FILE")
     if cfg.prompt is not None and cfg.words:
         raise ValueError(f"--prompt is asked alone: leave out the words {shlex.join(cfg.words)[:80]}, or --prompt")
-    if not (folder := at_home(cfg.preferences).parent).is_dir():
+    if not (folder := Path(os.path.expanduser(cfg.preferences)).parent).is_dir():
         raise ValueError(f"--preferences {cfg.preferences}: there is no folder {folder}")
     if len(cfg.words) == 1 and Path(cfg.words[0], "config.json").is_file():
         raise ValueError(f"'{cfg.words[0]}' is a model: uv run chat.py --model {shlex.quote(cfg.words[0])}")
@@ -185,7 +185,6 @@ class Session:
         if self.blind:
             self.luck.shuffle(self.chats)
         before, again, answered = [c.messages for c in self.chats], instead and text == self.last_question, False
-        author = self.author
         try:
             if instead:
                 self.take_back()
@@ -199,9 +198,9 @@ class Session:
                 chat.messages = chat.messages if answered else messages
             self.hidden = self.hidden and answered
         if answered:
-            two = again and len(before) == 1
-            self.choice = [*before[:two], *(chat.messages for chat in self.chats)]
-            self.authors = [*[author][:two], *(chat.name for chat in self.chats)]
+            beside_it = again and len(before) == 1
+            self.choice = [*before[:beside_it], *(chat.messages for chat in self.chats)]
+            self.authors = [*[self.author][:beside_it], *(chat.name for chat in self.chats)]
             self.author = self.chats[0].name
             self.draft = "/prefer " if self.hidden else ""
 
@@ -611,7 +610,6 @@ def correct(session: Session, argument: str) -> None:
         better = [*chat.messages[:-1], {"role": "assistant", "content": text}]
         if better != chat.messages:
             keep_pair(session, better, chat.messages, models=["you", chat.name], vote="correction")
-            session.author = "you"
             say_standing(session)
 
     session.draft, session.then = as_draft(chat.last_reply), keep
@@ -878,7 +876,6 @@ def vote(session: Session, word: str) -> None:
     better, worse, in_order = (right, left, names[::-1]) if side == "right" else (left, right, names)
     tie = {"other": right[-1:]} if side == "neither" else {}
     keep_pair(session, better, better if tie else worse, models=in_order, vote=side, blind=session.hidden, **tie)
-    session.author = in_order[0]
     who = f"; left is {names[0]}, right is {names[1]}" if len(session.chats) == 2 else ""
     session.screen.say(f"(preferred: {side}{', they are the same' if left == right else ''}{who})", "note")
 
@@ -890,7 +887,7 @@ def keep_pair(session: Session, better: data.Conversation, worse: data.Conversat
     add_lines(path, json.dumps(row, ensure_ascii=False) + "\n", partial(pairs_in, path))
     for chat in session.chats:
         chat.messages = list(better)
-    session.hidden = False
+    session.author, session.hidden = about["models"][0], False
 
 
 def say_standing(session: Session) -> None:
@@ -960,17 +957,10 @@ def questions(path: Path) -> list[data.Conversation]:
 def file_named(argument: str) -> Path:
     if not argument:
         raise ValueError("Name a file, such as chats.jsonl")
-    path = at_home(argument)
+    path = Path(os.path.expanduser(argument))  # as it is written where that is nobody's home
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file.")
     return path
-
-
-def at_home(name: str) -> Path:
-    """The path, with what ~ stands for; as it is written where that is nobody's home."""
-    with suppress(RuntimeError):
-        return Path(name).expanduser()
-    return Path(name)
 
 
 def what_stands_in(path: Path, count_rows: Callable[[], int]) -> bytes:
